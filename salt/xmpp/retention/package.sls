@@ -1,0 +1,7 @@
+include:
+  - xmpp.modules
+
+retention_packages:
+  xmpp.installed:
+    - pkgs:
+      - cron
