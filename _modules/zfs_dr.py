@@ -1,0 +1,713 @@
+"""
+A machine's datasets elsewhere
+==============================
+
+:func:`replicate` brings the newest snapshot set of a stack to a target, whole or not at all: a set is whole there once
+the target's own dataset carries a snapshot of its name. What goes is chosen by :mod:`zfs_dr_choice`, moved by
+:mod:`zfs_dr_stream`, over the sides of :mod:`zfs_dr_side`. All of them are functions of the one module ``zfs_dr``.
+
+At the source, the last whole set is held (tag ``zfs_dr:<target>``) and bookmarked (``#zfs_dr-<target>-<set>``); at the
+target it is held (tag ``zfs_dr:<stack>``). So no pruning, on either side, makes a full send necessary.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import glob
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+__virtualname__ = "zfs_dr"
+
+RUN = "/run/zfs_dr"
+STATE = "/var/lib/zfs_dr"
+BEAT = 5.0  # seconds; the target takes four times that without one for our death
+MARKS = 2  # bookmarks of a dataset that stay for a target
+# All bookmarks of a set in one transaction group (zfs-program(8)); one that is there already is no error.
+BOOKMARK = """
+args = ...
+for at = 1, #args["argv"], 2 do
+    failed = zfs.sync.bookmark(args["argv"][at], args["argv"][at + 1])
+    if failed ~= 0 and failed ~= EEXIST then
+        error(args["argv"][at + 1] .. ": error " .. failed)
+    end
+end
+"""
+DATASET = r"[A-Za-z][A-Za-z0-9_.:-]*(/[A-Za-z0-9_.:-]+)*"
+KNOWN = {"zfs_dr:dataset_guid": "origin_guid"}  # properties that target_listing has under another name
+PRIVATE = ("zfs_dr:", "ksnap:", "keylocation", "mountpoint", "canmount", "readonly")
+
+
+def __virtual__():
+    return __virtualname__
+
+
+def members(stack, target):
+    """
+    Tell what a stack is called and which datasets it has, also when it is on the machine that it is pulled from.
+
+    stack
+        (string or dict) As :func:`ksnap_stack.stack` takes it. Pulled: a dict of ``name`` and ``datasets``, or the
+        name of one.
+    target
+        (string or dict) As :func:`zfs_dr_side.target` takes it.
+
+    Returns a list of the name (without one, that of the first dataset) and the datasets.
+
+    Raises ``SaltInvocationError`` for a wrong stack or target, ``CommandExecutionError`` when part of it is not on ZFS.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.members web vault
+    """
+    target = __salt__["zfs_dr.target"](target)
+    declared = (__salt__["config.get"]("ksnap:stacks", {}) or {}).get(stack) if isinstance(stack, str) else stack
+    plain = isinstance(declared, dict) and declared.get("datasets")
+    if target["direction"] == "push" and not (plain and not declared.get("paths") and not declared.get("children")):
+        found = __salt__["ksnap.stack"](stack)
+        if found["outside"]:
+            raise CommandExecutionError(
+                f"Of the stack {found['name']}, {', '.join(found['outside'])} is not on ZFS and cannot be replicated. "
+                "Move it to a dataset, or take it out of the stack's paths."
+            )
+        name, datasets = found["name"], found["datasets"]
+    elif plain:
+        # Nothing is to be looked up; whether they exist, the listing will tell that is made in any case.
+        name = stack if isinstance(stack, str) else declared.get("name")
+        datasets = sorted(set(map(str, declared["datasets"])))
+    else:
+        raise SaltInvocationError(f"A stack that is pulled is a dict with datasets, or the name of one, not {stack!r}")
+    name = name or datasets[0].replace("/", ":")
+    wrong = [each for each in datasets if not re.fullmatch(DATASET, each)]
+    if wrong or not re.fullmatch(r"[A-Za-z0-9_.:-]+", str(name)):
+        raise SaltInvocationError(
+            f"The stack {name!r} is wrong: {', '.join(wrong) or 'its name'} is not of letters, digits and _.:-"
+        )
+    return [name, datasets]
+
+
+def _machine(target):
+    return target["ssh"].rpartition("@")[2] if target["direction"] == "pull" else __grains__["id"]
+
+
+def _names(target, datasets):
+    names = {dataset: dataset.replace("/", ":") for dataset in datasets}
+    if len(set(names.values())) < len(names):
+        raise SaltInvocationError("Two datasets of the stack differ only in / and :, so one replica would be both's")
+    return names
+
+
+# One at a time
+
+
+def _key(base, stack):
+    return f"{base.replace('/', ':')}-{stack}"
+
+
+@contextlib.contextmanager
+def _locked(target, stack, sides=None):
+    # The kernel gives a lock back when its holder dies, however it dies.
+    os.makedirs(RUN, mode=0o700, exist_ok=True)
+    key = _key(f"{target['id']}", stack)
+    with open(os.path.join(RUN, f"{key}.lock"), "a", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandExecutionError(
+                f"Another replication of {stack} to {target['id']} is at work on this machine: see zfs_dr.status. "
+                "Let it end."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _locked_there(side, target, stack):
+    # Another machine may send the same stack: the target itself says who may. A beat a while keeps the lock there.
+    base = target["dataset"]
+    if side is None:
+        os.makedirs(RUN, mode=0o700, exist_ok=True)
+        with open(os.path.join(RUN, f"{_key(base, stack)}.target"), "a", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CommandExecutionError(f"Another machine is replicating {stack} to {base}; let it end.") from None
+            os.utime(file.fileno())
+            yield
+        return
+    process = subprocess.Popen(
+        __salt__["zfs_dr.words"](side, ["lock", base, stack]),
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        ready, _, _ = select.select([process.stdout], [], [], 60)
+        if not ready or process.stdout.readline() != b"locked\n":
+            process.kill()
+            said = process.communicate()[1].decode(errors="replace").strip()
+            raise CommandExecutionError(
+                f"The target did not give the lock for {stack}: {said or 'no answer'}{__salt__['zfs_dr.advice'](said)}"
+            )
+        over = threading.Event()
+        beat = threading.Thread(target=_beat, args=(process.stdin, over), daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beat.join()
+    finally:
+        process.stdin.close()
+        process.kill()
+        process.wait()
+
+
+def _beat(stdin, over):
+    while not over.wait(BEAT):
+        try:
+            stdin.write(b".")
+        except OSError:
+            return
+
+
+# What is going on, for status and for the bus
+
+
+def _path(target, stack, kind):
+    folder = RUN if kind == "running" else STATE
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return os.path.join(folder, f"{_key(target['id'], stack)}.{kind}")
+
+
+def _write(path, data):
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump(data, file)
+    os.replace(f"{path}.new", path)
+
+
+def _read(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _progress(target, stack, snapshot):
+    path = _path(target, stack, "running")
+
+    def tell(data):
+        rate = data["bytes"] / data["seconds"] if data["seconds"] else 0.0
+        left = (data["expected"] - data["bytes"]) / rate if rate else None
+        data = {**data, "snapshot": snapshot, "rate": rate, "left": left, "time": time.time()}
+        _write(path, data)
+        _fire(f"zfs_dr/{target['id']}/{stack}/progress", data)
+        if sys.stderr.isatty():
+            share = 100 * data["bytes"] // (data["expected"] or 1)
+            sys.stderr.write(
+                f"\r{stack} to {target['id']}: {data['done']} of {data['streams']} datasets, "
+                f"{data['bytes'] >> 20} MiB, {share} %, {rate / 1048576:.1f} MiB/s "
+            )
+            if data["done"] == data["streams"]:
+                sys.stderr.write("\n")
+            sys.stderr.flush()
+
+    return tell
+
+
+def _fire(tag, data):
+    # Without a minion there is no bus, and Salt would look for it for a second each time. Nor is it a failure of a
+    # replication that nobody listens.
+    if glob.glob(os.path.join(glob.escape(__opts__["sock_dir"]), "minion_event_*_pull.ipc")):
+        with contextlib.suppress(Exception):
+            __salt__["event.fire"](data, tag)
+
+
+# Replication
+
+
+def replicate(stack, target, snapshot=None, full=False, take=False):
+    """
+    Bring a snapshot set of a stack to a target: all of its datasets, or none that would show as whole there.
+
+    stack
+        (string or dict) As :func:`ksnap_stack.stack` takes it. Pulled from another machine: a dict of ``name`` and
+        ``datasets``, or the name of such a one.
+    target
+        (string or dict) As :func:`zfs_dr_side.target` takes it.
+    snapshot
+        (string) The name of the set, what is after the @. Default: the newest that all datasets have.
+    full
+        (bool) Allow a full send where nothing is left in common; the old replica is set aside. Default: False. What
+        has never been at the target, or was made anew, is sent in full in any case.
+    take
+        (bool) Take a snapshot of the stack first, by :func:`ksnap.snapshot`; not for a stack that is pulled. Default:
+        False.
+
+    Returns a dict: ``snapshot`` (the set that is whole at the target now), ``changed`` (bool), ``bytes`` (moved),
+    ``seconds``, ``age`` (seconds since the set was taken: the RPO of this moment), ``datasets`` (a dict of each to
+    ``replica``, ``why``, ``bytes``, ``seconds``) and ``aside`` (a list: what was set aside at the target).
+
+    Raises ``SaltInvocationError`` for a wrong stack or target, ``CommandExecutionError`` when it could not be done:
+    what has arrived stays there, and the next call goes on from it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.replicate web vault
+        salt '*' zfs_dr.replicate '{datasets: [tank/web]}' '{dataset: backup/web1}' take=True
+    """
+    target = __salt__["zfs_dr.target"](target)
+    name, datasets = members(stack, target)
+    if take and target["direction"] == "pull":
+        raise SaltInvocationError(
+            "take is for a stack of this machine; have its own machine take the snapshots of one that is pulled"
+        )
+    begun = time.time()
+    with _locked(target, name):
+        try:
+            if take:
+                snapshot = __salt__["ksnap.snapshot"](stack, reason=f"replicate to {target['id']}")["snapshot"]
+            sides = __salt__["zfs_dr.connect"](target)
+            try:
+                with _locked_there(sides["target"], target, name):
+                    done = None if snapshot else _unchanged(sides, target, name, datasets)
+                    done = done or _replicate(sides, target, name, datasets, snapshot, full)
+            finally:
+                __salt__["zfs_dr.disconnect"](sides)
+        except (CommandExecutionError, SaltInvocationError) as error:
+            before = _read(_path(target, name, "last"))
+            _write(_path(target, name, "last"), {**before, "error": str(error), "failed": time.time()})
+            _fire(f"zfs_dr/{target['id']}/{name}/failed", {"error": str(error)})
+            raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(_path(target, name, "running"))
+    done["seconds"] = time.time() - begun
+    last = {key: done[key] for key in ("snapshot", "bytes", "seconds")}
+    taken = time.time() - done["age"]
+    _write(_path(target, name, "last"), {**last, "taken": taken, "done": time.time(), "error": None})
+    if done["changed"]:
+        _fire(f"zfs_dr/{target['id']}/{name}/whole", last)
+    return done
+
+
+def _unchanged(sides, target, stack, datasets):
+    # What was noted at the end of the last one says that it came to its end, with all that is held and let go then.
+    last = _read(_path(target, stack, "last"))
+    names = _names(target, datasets)
+    if last.get("error") or not last.get("snapshot"):
+        return None
+    if not __salt__["zfs_dr.unchanged"](sides, target["dataset"], stack, names, last["snapshot"]):
+        return None
+    still = {"why": "already there", "bytes": 0, "seconds": 0.0}
+    return {
+        "snapshot": last["snapshot"],
+        "changed": False,
+        "bytes": 0,
+        "age": time.time() - last["taken"],
+        "datasets": {name: {"replica": f"{target['dataset']}/{replica}", **still} for name, replica in names.items()},
+        "aside": [],
+    }
+
+
+def _replicate(sides, target, stack, datasets, snapshot, full):
+    base = target["dataset"]
+    names = _names(target, datasets)
+    source, there = __salt__["zfs_dr.listings"](sides, datasets, base)
+    there = mend(sides["target"], base, there)
+    wanted = snapshot or __salt__["zfs_dr.newest_set"](source)
+    if not wanted:
+        raise CommandExecutionError(
+            f"The datasets of {stack} have no snapshot set in common. Take one: ksnap.snapshot, or take=True."
+        )
+    _own(there, names, _machine(target), stack, base)
+    replicas = {name: entry for name, entry in there["replicas"].items() if _is_replica(name, entry)}
+    for entry in replicas.values():
+        entry["token"] = __salt__["zfs_dr.token"](sides["source"], entry["token"]) if entry["token"] else None
+    plan = __salt__["zfs_dr.choose"](source, replicas, wanted, names, full=full)
+    refused = [step["why"] for step in plan.values() if step["refused"]]
+    if refused:
+        raise CommandExecutionError("Nothing was sent: " + "\n".join(refused))
+    work = any(step["acts"] for step in plan.values())
+    moved, aside = {}, []
+    if work:
+        _hold(sides["source"], datasets, wanted, f"zfs_dr:{target['id']}")
+        aside = _prepare(sides["target"], base, plan, there)
+        described = _described(sides, source)
+        moved = _send(sides, target, stack, plan, source, wanted, described)
+        _mark(sides, target, stack, plan, source, there, described)
+    _complete(sides, target, stack, plan, source, there, wanted, work)
+    taken = next(s["creation"] for s in source[datasets[0]]["snapshots"] if s["name"] == wanted)
+    return {
+        "snapshot": wanted,
+        "changed": work,
+        "bytes": sum(each["bytes"] for each in moved.values()),
+        "age": time.time() - taken,
+        "datasets": {
+            name: {
+                "replica": f"{base}/{step['replica']}",
+                "why": step["why"],
+                **moved.get(name, {"bytes": 0, "seconds": 0.0}),
+            }
+            for name, step in plan.items()
+        },
+        "aside": aside,
+    }
+
+
+def _is_replica(name, entry):
+    return not (re.search(r"\.(aside|new)-\d{8}T\d{6}", name) or entry["rehearsal"])
+
+
+def _own(there, names, machine, stack, base):
+    for name in names.values():
+        entry = there["replicas"].get(name)
+        if entry is None:
+            continue
+        if entry["source"] is None and not entry["token"]:
+            raise CommandExecutionError(
+                f"{base}/{name} was not made by zfs_dr, and stands where a replica is to be. Rename it, or choose "
+                "another base."
+            )
+        if entry["source"] and (entry["source"], entry["stack"]) != (machine, stack):
+            raise CommandExecutionError(
+                f"{base}/{name} is the replica of {entry['stack']} of {entry['source']}, not of {stack} of {machine}. "
+                "Give each source and stack a base of its own. If this is that machine under a new name: "
+                f"zfs set zfs_dr:source={machine} {base}/{name}"
+            )
+
+
+def _hold(side, datasets, snapshot, tag, verb="hold"):
+    # Those of one pool by one call, in one transaction group; nothing but this set has such a name.
+    pools = {}
+    for dataset in datasets:
+        pools.setdefault(dataset.split("/")[0], []).append(dataset)
+    for members in pools.values():
+        if side is None and len(members) > 1:
+            top = os.path.commonpath(members)
+            code, _, errors = __salt__["zfs_dr.run"](side, ["zfs", verb, "-r", tag, f"{top}@{snapshot}"], code=True)
+            if not code:
+                continue
+        argv = ["zfs", verb, tag, *(f"{dataset}@{snapshot}" for dataset in members)]
+        code, _, errors = __salt__["zfs_dr.run"](side, argv, code=True)
+        wrong = [line for line in errors.splitlines() if "tag already exists" not in line and "no such tag" not in line]
+        if code and wrong:
+            said = "\n".join(wrong)
+            raise CommandExecutionError(f"{' '.join(argv)[:300]} failed: {said}{__salt__['zfs_dr.advice'](said)}")
+
+
+def _now():
+    return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def _prepare(side, base, plan, there):
+    # Everything that comes before the streams, and never destroys: renaming, setting aside, giving up stale parts.
+    made, stamp = [], _now()
+
+    def zfs(*argv):
+        __salt__["zfs_dr.run"](side, ["zfs", *argv])
+
+    renames = {}
+    for step in plan.values():
+        for act in step["acts"]:
+            if act[0] == "rename":
+                renames[act[1]] = step["replica"]
+    for step in plan.values():
+        if step["acts"][:1] == [["aside", None]] and ["rename"] in [act[:1] for act in step["acts"]]:
+            zfs("rename", "-u", f"{base}/{step['replica']}", f"{base}/{step['replica']}.aside-{stamp}")
+            made.append(f"{base}/{step['replica']}.aside-{stamp}")
+            step["acts"].pop(0)
+    for old in renames:
+        zfs("rename", "-u", f"{base}/{old}", f"{base}/{old}.moving")
+    for old, new in renames.items():
+        zfs("rename", "-u", f"{base}/{old}.moving", f"{base}/{new}")
+    for step in plan.values():
+        replica = f"{base}/{step['replica']}"
+        for act in step["acts"]:
+            if act[0] == "abort":
+                zfs("receive", "-A", replica)
+            elif act[0] == "aside":
+                made.append(__salt__["zfs_dr.set_aside"](side, replica, act[1], stamp))
+    return made
+
+
+def set_aside(side, replica, snapshot, stamp=None):
+    """
+    Take a replica back to one of its snapshots, and keep all that it had beyond it under another name.
+
+    side
+        (dict or None) One of what :func:`zfs_dr_side.connect` returns; ``None`` is this machine.
+    replica
+        (string) The dataset.
+    snapshot
+        (string) The name of the snapshot, what is after the @; with ``None`` the replica as a whole is renamed.
+    stamp
+        (string) The end of the other name. Default: the time, in UTC.
+
+    Returns the name under which it is kept: ``<replica>.aside-<stamp>``. It shares its blocks with the replica.
+
+    Raises ``CommandExecutionError`` when a step fails; the next replication mends what was left half done.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.set_aside null backup/web1/tank:web ksnap-20261125T222408.123456Z-0a1b2c3d
+    """
+    stamp = stamp or _now()
+    kept, new = f"{replica}.aside-{stamp}", f"{replica}.new-{stamp}"
+
+    def zfs(*argv):
+        return __salt__["zfs_dr.run"](side, ["zfs", *argv])
+
+    if snapshot is None:
+        zfs("rename", "-u", replica, kept)
+        return kept
+    argv = ["get", "-Hp", "-s", "local,received", "-o", "property,value", "all", replica]
+    properties = [line.split("\t") for line in zfs(*argv).splitlines()]
+    options = [
+        word
+        for name, value in properties
+        if name in ("readonly", "canmount", "mountpoint") or name.startswith("zfs_dr:")
+        for word in ("-o", f"{name}={value}")
+    ]
+    zfs("clone", *options, f"{replica}@{snapshot}", new)
+    _switch(zfs, replica, new, kept)
+    return kept
+
+
+def _switch(zfs, replica, new, kept):
+    zfs("promote", new)
+    zfs("rename", "-u", replica, kept)
+    zfs("rename", "-u", new, replica)
+
+
+def mend(side, base, there):
+    """
+    End what a power cut left of :func:`set_aside`. Replicas on their way to another name need no mending: they are
+    found by what they hold, as all are.
+
+    side
+        (dict or None) One of what :func:`zfs_dr_side.connect` returns; ``None`` is this machine.
+    base
+        (string) The dataset that the replicas are children of.
+    there
+        (dict) What :func:`zfs_dr_side.target_listing` returned.
+
+    Returns ``there``, or the new listing where something was mended.
+
+    CLI Example: none; :func:`replicate` and :func:`zfs_dr_recover.recover` begin with it.
+    """
+
+    def zfs(*argv):
+        return __salt__["zfs_dr.run"](side, ["zfs", *argv])
+
+    # Its name tells what it was about to become.
+    mended = False
+    for name, entry in list(there["replicas"].items()):
+        match = re.fullmatch(r"(.+)\.new-(\d{8}T\d{6}Z)", name)
+        if not match:
+            continue
+        replica, kept = f"{base}/{match[1]}", f"{base}/{match[1]}.aside-{match[2]}"
+        mended = True
+        if match[1] not in there["replicas"]:
+            zfs("rename", "-u", f"{base}/{name}", replica)
+        elif entry["origin"] and entry["origin"].startswith(f"{replica}@"):
+            _switch(zfs, replica, f"{base}/{name}", kept)
+        else:
+            zfs("rename", "-u", replica, kept)
+            zfs("rename", "-u", f"{base}/{name}", replica)
+    return __salt__["zfs_dr.target_listing"](side, base) if mended else there
+
+
+def _size(dataset, start, end):
+    # What was written between two snapshots is what a stream carries, nearly.
+    snapshots = {each["name"]: each for each in dataset["snapshots"]}
+    last = snapshots[end]
+    if start is None:
+        return last["referenced"]
+    name = re.split("[@#]", start)[1]
+    marks = {**{each["name"]: each for each in dataset["bookmarks"]}, **snapshots}
+    first = marks[name]["createtxg"]
+    return sum(each["written"] for each in dataset["snapshots"] if first < each["createtxg"] <= last["createtxg"])
+
+
+def _send(sides, target, stack, plan, source, wanted, described):
+    # Rounds: one finishes what had broken off, the next goes on to the wanted set.
+    moved = {}
+    for kind in ("resume", "send"):
+        jobs = []
+        for dataset, step in plan.items():
+            for act in step["acts"]:
+                if act[0] == kind:
+                    marks = _marks(target, stack, source[dataset], described[dataset])
+                    jobs.append(_job(sides, target, stack, dataset, source[dataset], step["replica"], act, marks))
+        if not jobs:
+            continue
+        tell = _progress(target, stack, wanted)
+        results = __salt__["zfs_dr.streams"](
+            jobs, parallel=target["parallel"], bandwidth=target["bandwidth"], progress=tell
+        )
+        for dataset, result in results.items():
+            before = moved.get(dataset, {"bytes": 0, "seconds": 0.0})
+            moved[dataset] = {key: before[key] + result[key] for key in ("bytes", "seconds")}
+        __salt__["zfs_dr.check_streams"](results)
+    return moved
+
+
+def _job(sides, target, stack, dataset, entry, replica, act, marks):
+    place = f"{target['dataset']}/{replica}"
+    if act[0] == "resume":
+        token = __salt__["zfs_dr.run"](
+            sides["target"], ["zfs", "get", "-H", "-o", "value", "receive_resume_token", place]
+        ).strip()
+        send, size, start = ["zfs", "send", "-t", token], 0, True
+    else:
+        start = act[1]
+        send = ["zfs", "send", "-w" if target["raw"] else "-Lec"]
+        send += ["-i", start] if start else []
+        send += [f"{dataset}@{act[2]}"]
+        size = _size(entry, start, act[2])
+    receive = ["zfs", "receive", "-s", "-u"]
+    if start is None:
+        receive += [word for name, value in marks.items() for word in ("-o", f"{name}={value}")]
+    how = target["compression"] if target["ssh"] else "none"
+    return {
+        "name": dataset,
+        "send": __salt__["zfs_dr.compressed"](sides["source"], send, how, True),
+        "receive": __salt__["zfs_dr.compressed"](sides["target"], [*receive, place], how, False, stack),
+        "bytes": size,
+    }
+
+
+def _marks(target, stack, entry, described):
+    # What a replica has of its own.
+    marks = {
+        "readonly": "on",
+        "zfs_dr:source": _machine(target),
+        "zfs_dr:stack": stack,
+        "zfs_dr:dataset_guid": str(entry["guid"]),
+        "zfs_dr:properties": described,
+    }
+    if entry["type"] == "filesystem":
+        marks.update(canmount="noauto", mountpoint="none")
+    return marks
+
+
+def _complete(sides, target, stack, plan, source, there, wanted, work):
+    # The set is whole: say so there, then let go of the one before. Each step is done where it is missing, so that
+    # whatever a cut left undone is done by the next call.
+    base, tag = target["dataset"], f"zfs_dr:{stack}"
+    guids = {name: next(s for s in entry["snapshots"] if s["name"] == wanted)["guid"] for name, entry in source.items()}
+    mark = next((each for each in there["sets"] if each["name"] == wanted), None)
+    if mark is None:
+        digest = __salt__["zfs_dr.digest"](stack, {plan[name]["replica"]: guid for name, guid in guids.items()})
+        properties = {"stack": stack, "source": _machine(target), "members": len(plan), "digest": digest}
+        options = [word for key, value in properties.items() for word in ("-o", f"zfs_dr:{key}={value}")]
+        __salt__["zfs_dr.run"](sides["target"], ["zfs", "snapshot", *options, f"{base}@{wanted}"])
+    if mark is None or not mark["held"]:
+        _hold_there(sides["target"], base, wanted, tag)
+    held = {name: next(s for s in entry["snapshots"] if s["name"] == wanted)["held"] for name, entry in source.items()}
+    if not work and not all(held.values()):
+        _hold(sides["source"], list(source), wanted, f"zfs_dr:{target['id']}")
+    _bookmark(sides["source"], target, source, guids, wanted)
+    others = [each for each in there["sets"] if each["held"] and each["name"] != wanted and each["stack"] == stack]
+    partial = {
+        s["name"]
+        for name in (step["replica"] for step in plan.values())
+        for s in there["replicas"].get(name, {"snapshots": []})["snapshots"]
+        if s["held"] and s["name"] != wanted
+    }
+    for name in sorted({each["name"] for each in others} | partial):
+        __salt__["zfs_dr.run"](sides["target"], ["zfs", "release", "-r", tag, f"{base}@{name}"], code=True)
+    _let_go(sides["source"], target, source, wanted)
+
+
+def _hold_there(side, base, wanted, tag):
+    argv = ["zfs", "hold", "-r", tag, f"{base}@{wanted}"]
+    code, _, errors = __salt__["zfs_dr.run"](side, argv, code=True)
+    if code and "tag already exists" not in errors:
+        raise CommandExecutionError(f"{' '.join(argv)} failed: {errors.strip()}{__salt__['zfs_dr.advice'](errors)}")
+
+
+def _let_go(side, target, source, wanted):
+    # The sets before: held for this target no longer. Others' holds stay: they have other tags.
+    held = {}
+    for name, entry in source.items():
+        for snapshot in entry["snapshots"]:
+            if snapshot["held"] and snapshot["name"] != wanted:
+                held.setdefault(snapshot["name"], []).append(name)
+    for snapshot, datasets in held.items():
+        _hold(side, datasets, snapshot, f"zfs_dr:{target['id']}", "release")
+
+
+def _bookmark(side, target, source, guids, wanted):
+    prefix = f"zfs_dr-{target['id']}-"
+    pools, old = {}, []
+    for name, entry in source.items():
+        ours = [mark for mark in entry["bookmarks"] if mark["name"].startswith(prefix)]
+        if all(mark["guid"] != guids[name] for mark in ours):
+            pools.setdefault(name.split("/")[0], []).extend([f"{name}@{wanted}", f"{name}#{prefix}{wanted}"])
+            old += [f"{name}#{mark['name']}" for mark in ours[: 1 - MARKS or None]] if len(ours) >= MARKS else []
+    for pool, pairs in pools.items():
+        if side is None:
+            __salt__["ksnap.command"](["zfs", "program", pool, "-", *pairs], stdin=BOOKMARK)
+        else:
+            made = [["zfs", "bookmark", *pairs[at : at + 2]] for at in range(0, len(pairs), 2)]
+            __salt__["zfs_dr.run_all"](side, made, target["parallel"])
+    __salt__["zfs_dr.run_all"](side, [["zfs", "destroy", mark] for mark in old], target["parallel"])
+
+
+def _described(sides, source):
+    # The properties of each dataset, for the day when its replica has to stand in for it, as text.
+    argv = [
+        "zfs",
+        "get",
+        "-Hp",
+        "-s",
+        "local,received",
+        "-o",
+        "name,property,value",
+        "-t",
+        "filesystem,volume",
+        "all",
+        *source,
+    ]
+    properties = {
+        name: {"mountpoint": entry["mountpoint"], "canmount": entry["canmount"]} for name, entry in source.items()
+    }
+    for line in __salt__["zfs_dr.run"](sides["source"], argv).splitlines():
+        # A value of somebody's own may have lines; what is ours to keep has none.
+        name, key, value = (*line.split("\t", 2), "", "")[:3]
+        if name in properties and not key.startswith(PRIVATE):
+            properties[name][key] = value
+    return {name: json.dumps({"dataset": name, **found}, sort_keys=True) for name, found in properties.items()}
+
+
+def _mark(sides, target, stack, plan, source, there, described):
+    # What was received anew has its marks; of the others, those that differ, or that a cut kept from arriving.
+    commands = []
+    for name, entry in source.items():
+        replica = plan[name]["replica"]
+        if ["send", None] in [act[:2] for act in plan[name]["acts"]]:
+            continue
+        marks = _marks(target, stack, entry, described[name])
+        known = there["replicas"].get(replica, {})
+        has = {key: str(known.get(KNOWN.get(key) or key.removeprefix("zfs_dr:"))) for key in marks}
+        pairs = [f"{key}={value}" for key, value in marks.items() if has[key] != value and key != "mountpoint"]
+        if pairs:
+            commands.append(["zfs", "set", *pairs, f"{target['dataset']}/{replica}"])
+    __salt__["zfs_dr.run_all"](sides["target"], commands, target["parallel"])
