@@ -1,0 +1,116 @@
+"""What the forced command lets through: exactly what a replication says, and nothing near it."""
+
+import string
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.zfs_dr.conftest import load_file
+
+GATE = load_file("_modules/zfs_dr_gate.py")
+GRANTS = ["target:backup/web1", "source:tank/web"]
+SET = "ksnap-20261125T222408.123456Z-0a1b2c3d"
+ALLOWED = [
+    "zfs receive -s -u -o readonly=on -o canmount=noauto -o zfs_dr:stack=web backup/web1/tank:web",
+    "zfs receive -s -u backup/web1/tank:web",
+    "zfs receive -A backup/web1/tank:web",
+    "zfs set zfs_dr:properties={} zfs_dr:dataset_guid=1 backup/web1/tank:web",
+    "zfs set readonly=on canmount=noauto zfs_dr:stack=web backup/web1/tank:web",
+    f"zfs snapshot -o zfs_dr:members=3 backup/web1@{SET}",
+    f"zfs hold -r zfs_dr:web backup/web1@{SET}",
+    "zfs rename -u backup/web1/tank:web backup/web1/tank:web.aside-20261125T222408Z",
+    f"zfs clone -o readonly=on backup/web1/tank:web@{SET} backup/web1/tank:web.new-20261125T222408Z",
+    "zfs promote backup/web1/tank:web.new-20261125T222408Z",
+    "lock backup/web1 web",
+    f"zfs list -Hp -d 1 -t filesystem,volume,snapshot -o name,userrefs,zfs_dr:digest,written@{SET} backup/web1",
+    "zfs list -Hp -d 1 -t snapshot -o name,guid,createtxg tank/web tank/web/db",
+    "zfs list -Hp -d 1 -t filesystem,volume,snapshot,bookmark -o name,guid tank/web tank/web/db",
+    f"zfs send -w tank/web@{SET}",
+    f"zfs send -w -i tank/web/db#zfs_dr-vault-{SET} tank/web/db@{SET}",
+    f"zfs hold zfs_dr:vault tank/web@{SET} tank/web/db@{SET}",
+    f"zfs bookmark tank/web@{SET} tank/web#zfs_dr-vault-{SET}",
+    f"zfs destroy tank/web#zfs_dr-vault-{SET}",
+]
+DENIED = [
+    "",
+    "sh",
+    "zfs",
+    "zfs destroy backup/web1/tank:web",
+    f"zfs destroy -r backup/web1@{SET}",
+    f"zfs destroy tank/web@{SET}",
+    "zfs destroy tank/web#other",
+    "zfs receive -F backup/web1/tank:web",
+    "zfs receive -s -u -o mountpoint=/etc backup/web1/tank:web",
+    "zfs receive -s -u -o readonly=off backup/web1/tank:web",
+    "zfs receive -s -u backup/web1",
+    "zfs receive -s -u backup/web2/tank:web",
+    "zfs receive -s -u backup/web1/../web2",
+    "zfs receive -s -u backup/web1x/a",
+    "zfs set readonly=off backup/web1/tank:web",
+    "zfs set mountpoint=/ backup/web1/tank:web",
+    "zfs set zfs_dr:x=1 backup/web1",
+    "zfs rename -u backup/web1/a backup/web2/a",
+    "zfs rename backup/web1/a backup/web1/b",
+    f"zfs snapshot backup/web1/tank:web@{SET}",
+    f"zfs send -w tank/mail@{SET}",
+    f"zfs send -R -w tank/web@{SET}",
+    f"zfs send -w backup/web1/tank:web@{SET}",
+    "zfs hold keep tank/web@a",
+    "zfs release keep tank/web@a",
+    "zfs list -Hp -d 1 -t filesystem,volume,snapshot,bookmark -o name tank",
+    "zfs list -Hp -d 1 -t snapshot -o name,guid,createtxg tank/mail",
+    "lock backup/web2 web",
+    "lock backup/web1 ../../etc",
+]
+
+
+@pytest.mark.parametrize("command", ALLOWED)
+def test_what_a_replication_says_is_let_through(command):
+    assert GATE.permitted(GRANTS, command.split(" "))
+    # To a key that may do nothing of it, it is not.
+    assert not GATE.permitted(["target:backup/other", "source:tank/other"], command.split(" "))
+    assert not GATE.permitted([], command.split(" "))
+
+
+def test_a_resume_token_is_let_through_and_zfs_itself_asks_for_the_permission_to_send():
+    argv = ["zfs", "send", "-t", "1-c740b4779-d0-789c636064000310a500"]
+    assert GATE.permitted(GRANTS, argv)
+    assert not GATE.permitted(["target:backup/web1"], argv)
+    assert not GATE.permitted(GRANTS, [*argv[:3], "--help"])
+
+
+@pytest.mark.parametrize("command", DENIED)
+def test_what_is_near_it_is_not(command):
+    assert not GATE.permitted(GRANTS, command.split(" "))
+
+
+words = st.text(string.printable, min_size=1, max_size=12)
+
+
+@given(st.sampled_from(ALLOWED), st.data())
+@settings(deadline=None)
+def test_a_word_more_or_another_word_is_never_a_way_out(command, data):
+    argv = command.split(" ")
+    at = data.draw(st.integers(0, len(argv)))
+    word = data.draw(st.one_of(words, st.sampled_from(["-r", "-F", "-R", "tank", "backup", "tank/mail", ";", "$(id)"])))
+    changed = [*argv[:at], word, *argv[at + data.draw(st.integers(0, 1)) :]]
+    if GATE.permitted(GRANTS, changed):
+        # What may vary is names within what the key has, and values of zfs_dr's own properties.
+        assert changed[0] in ("zfs", "lock")
+        for given_ in changed[1:]:
+            if given_.startswith(("tank", "backup")):
+                assert given_.startswith(("tank/web", "backup/web1"))
+                assert given_.removeprefix("tank/web").removeprefix("backup/web1")[:1] in ("", "/", "@", "#")
+        # A stack, for whose sake the lock is, may have any name.
+        assert not {"-F", "-R", "tank", "backup", "tank/mail"} & set(changed[:2] if changed[0] == "lock" else changed)
+
+
+@given(st.lists(st.lists(words, min_size=1), min_size=1))
+@example([["zfs", "set", 'zfs_dr:properties={"a": "b c"}', "backup/web1/tank:web"]])
+@settings(deadline=None)
+def test_words_arrive_as_they_were_sent(commands):
+    side = load_file("_modules/zfs_dr_side.py")
+    sent = side.words({"ssh": ["ssh", "host"]}, commands, through="zstd", stack="web")
+    assert sent[:2] == ["ssh", "host"]
+    assert GATE._asked(sent[2]) == ({"through": "zstd", "for": "web"}, commands)

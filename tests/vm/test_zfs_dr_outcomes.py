@@ -1,0 +1,147 @@
+"""What may come between: each has a defined outcome, and none loses the only copy."""
+
+import pytest
+from salt.exceptions import CommandExecutionError
+
+from .ksnap import ONE
+from .zfs_dr import REPLICAS, STACK, VAULT, guids, replicate, same, snapshots, take, why, write
+
+pytestmark = ONE
+
+NEW = "-o readonly=on -o canmount=noauto -o mountpoint=none"
+
+
+def cut_off(machine, count, name, base=""):
+    """Leave at the target what a transfer of tank/web leaves that ended after so many bytes."""
+    machine.sh(
+        f"zfs send -Lec {base} tank/web@$1 | head -c $2 | zfs receive -s -u {'' if base else NEW} backup/dr/tank:web "
+        "|| true", name, str(count),
+    )  # fmt: skip
+
+
+def test_a_transfer_goes_on_at_any_byte(here):
+    size = int(here.sh("zfs snapshot tank/web@size; zfs send -Lec tank/web@size | wc -c; zfs destroy $1",
+                       "tank/web@size").stdout)  # fmt: skip
+    taken = take(here)
+    resumed = 0
+    for count in (100, 2000, size - 1):
+        cut_off(here, count, taken)
+        done = replicate(here)
+        resumed += why(done)["web"] == "resumed"
+        assert why(done)["web"] in ("resumed", "full: it is not at the target yet"), count
+        assert done["datasets"]["tank/web"]["bytes"] < size - count + 50_000
+        assert same(here, taken)
+        # Though it began without them, it has what marks a replica of this stack.
+        assert not replicate(here)["changed"]
+        here.sh("zfs release -r zfs_dr:web backup/dr@$1; zfs destroy -r backup/dr/tank:web; zfs destroy backup/dr@$1",
+                taken)  # fmt: skip
+    assert resumed >= 2
+    replicate(here)
+    write(here, "more")
+    before, taken = taken, take(here)
+    cut_off(here, 70_000, taken, base=f"-i tank/web@{before}")
+    # Behind the partial one there is another set by now: the rest of that, then what is new.
+    write(here, "most")
+    done = replicate(here, take=True)
+    assert why(done)["web"] == "resumed, then incremental" and same(here, done["snapshot"])
+
+
+def test_a_stale_token_is_given_up(here):
+    first = replicate(here, take=True)
+    write(here, "more")
+    taken = take(here)
+    cut_off(here, 70_000, taken, base=f"-i tank/web@{first['snapshot']}")
+    assert here.run("zfs", "get", "-H", "-o", "value", "receive_resume_token", "backup/dr/tank:web").stdout != "-\n"
+    here.sh("for each in web web/db mail; do zfs destroy tank/$each@$1; done", taken)
+    done = replicate(here, take=True)
+    assert set(why(done).values()) == {"incremental"} and same(here, done["snapshot"])
+
+
+def test_a_full_target_says_so_and_goes_on_when_there_is_room(here):
+    here.sh("zpool destroy backup; truncate -s 80M /srv/small; zpool create -O compression=off backup /srv/small")
+    here.sh("zfs create -o mountpoint=none -o readonly=on backup/dr; zfs create -o mountpoint=/mnt backup/fill")
+    first = replicate(here, take=True)
+    here.sh("dd if=/dev/zero of=/mnt/fill bs=1M 2>/dev/null || true; zpool sync backup")
+    write(here, "more", "4M")
+    with pytest.raises(CommandExecutionError, match=r"(?s)out of space.*zfs_dr.prune, or a larger pool"):
+        replicate(here, take=True)
+    assert "out of space" in here.call("zfs_dr.status", STACK, VAULT)["error"]
+    assert snapshots(here, "backup/dr") == [first["snapshot"]]
+    here.sh("rm /mnt/fill; zpool sync backup")
+    done = replicate(here)
+    assert all("full" not in each for each in why(done).values()) and same(here, done["snapshot"])
+    # A quota is a target's end, too.
+    here.sh("zfs set quota=$(($(zfs get -Hp -o value used backup/dr) + 1000000)) backup/dr")
+    write(here, "last", "4M")
+    with pytest.raises(CommandExecutionError, match=r"(?s)quota.*zfs_dr.prune, or a larger"):
+        replicate(here, take=True)
+    here.run("zpool", "destroy", "backup")
+
+
+def test_datasets_come_and_go(here):
+    first = replicate(here, take=True)
+    here.sh("zfs create tank/new; echo x > /tank/new/file; zfs create -V 4M -b 8K tank/volume")
+    here.sh("udevadm settle; head -c 1M /dev/urandom > /dev/zvol/tank/volume")
+    stack = {"name": "web", "datasets": [*STACK["datasets"], "tank/new", "tank/volume"]}
+    second = here.call("zfs_dr.replicate", stack, VAULT, take=True)
+    assert {name for name, text in why(second).items() if text.startswith("full")} == {"new", "volume"}
+    assert here.call("zfs_dr.verify", stack, VAULT, contents=True)["problems"] == []
+    here.sh("udevadm settle; head -c 1M /dev/urandom > /dev/zvol/tank/volume")
+    third = here.call("zfs_dr.replicate", stack, VAULT, take=True)
+    assert set(why(third).values()) == {"incremental"}
+    # Destroyed, and still named: nothing is done, and nothing at the target goes.
+    here.sh("zfs release zfs_dr:vault tank/new@$1; zfs destroy -r tank/new", third["snapshot"])
+    with pytest.raises(CommandExecutionError, match=r"tank/new.*does not exist"):
+        here.call("zfs_dr.replicate", stack, VAULT, take=True)
+    with pytest.raises(CommandExecutionError, match=r"tank/new.*does not exist"):
+        here.call("zfs_dr.replicate", stack, VAULT)
+    stack["datasets"].remove("tank/new")
+    done = here.call("zfs_dr.replicate", stack, VAULT, take=True)
+    assert set(why(done).values()) == {"incremental"}
+    assert here.call("zfs_dr.status", stack, VAULT)["extra"] == ["tank:new"]
+    assert snapshots(here, "backup/dr/tank:new") == [second["snapshot"], third["snapshot"]]
+    assert [each["whole"] for each in here.call("zfs_dr.sets", "backup/dr")] == [True] * 4
+    assert here.call("zfs_dr.sets", "backup/dr")[0]["snapshot"] == first["snapshot"]
+
+
+def test_a_wrong_clock_decides_nothing(here):
+    first = replicate(here, take=True)
+    try:
+        here.sh("date -s '+400 days' >/dev/null")
+        second = replicate(here, take=True)
+        here.sh("date -s '-900 days' >/dev/null")
+        third = replicate(here, take=True)
+        assert third["snapshot"] < first["snapshot"] < second["snapshot"]
+        assert set(why(third).values()) == {"incremental"} and same(here, third["snapshot"])
+        assert here.call("zfs_dr.status", STACK, VAULT)["snapshot"] == third["snapshot"]
+        here.sh("date -s '-1 day' >/dev/null")
+        # A set from the future says nothing of its age, and does not count as new.
+        state = {"stack": STACK, "target": VAULT, "age": 3600}
+        assert here.state("zfs_dr.replicated", "x", **state)["changes"]["snapshot"]["old"] == third["snapshot"]
+    finally:
+        here.sh("date -s @$1 >/dev/null", str(__import__("time").time()))
+
+
+def test_two_sources_do_not_share_a_replica(here):
+    first = replicate(here, take=True)
+    here.run("zfs", "set", "zfs_dr:source=other", *(f"backup/dr/{name}" for name in REPLICAS))
+    with pytest.raises(CommandExecutionError, match=r"is the replica of web of other, not of web of machine"):
+        replicate(here, take=True)
+    assert snapshots(here, "backup/dr/tank:web") == [first["snapshot"]]
+    # It is this machine under a new name: done as it was told.
+    here.run("zfs", "set", "zfs_dr:source=machine", *(f"backup/dr/{name}" for name in REPLICAS))
+    assert set(why(replicate(here, take=True)).values()) == {"incremental"}
+
+
+def test_several_pools(here):
+    here.sh("truncate -s 128M /srv/fast; zpool create fast /srv/fast; zfs create fast/log; echo x > /fast/log/file")
+    stack = {"name": "web", "datasets": ["tank/web", "fast/log"]}
+    for _ in range(3):
+        done = here.call("zfs_dr.replicate", stack, VAULT, take=True)
+        names = [f"{name}@{done['snapshot']}" for name in stack["datasets"]]
+        assert guids(here, *names) == guids(here, *(f"backup/dr/{name.replace('/', ':')}" for name in names))
+    assert not here.call("zfs_dr.replicate", stack, VAULT)["changed"]
+    assert here.call("zfs_dr.verify", stack, VAULT, contents=True)["problems"] == []
+    for name in stack["datasets"]:
+        assert len(snapshots(here, name, "bookmark")) == 2
+    here.run("zpool", "destroy", "fast")
