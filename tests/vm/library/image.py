@@ -5,7 +5,7 @@ import shutil
 
 from tests.lab.library import cache, mirror, roots
 
-from . import folders, module, packages
+from . import folders, module, packages, qemu
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIZE = "4G"
@@ -48,14 +48,15 @@ SSH = "KexAlgorithms curve25519-sha256\nHostKeyAlgorithms ssh-ed25519\n"
 # The first makes udev read a disk's partitions again whenever somebody has written to it, so that they vanish for a
 # moment while `zpool create` opens them; the second is a shell script at every event.
 RULES = ["60-block.rules", "69-vdev.rules"]
-# The plain root of the image; root on ZFS is for Debian's own initramfs.
+# The plain root of the image; root on ZFS is for Debian's own initramfs. The root's disk is told by its place on the
+# bus: which one the kernel calls sda is nobody's promise.
 INIT = """\
 #!/busybox sh
 B=/busybox
 $B mount -t devtmpfs d /dev; $B mount -t proc p /proc; $B mount -t sysfs s /sys
 while read -r module; do $B insmod /modules/$module.ko; done </modules/order
-while [ ! -b /dev/sda ]; do $B sleep 0.05; done
-$B mount -t ext4 -o rw,noatime /dev/sda /root
+while set -- /sys/bus/scsi/devices/*:0:ROOT:0/block/* && [ ! -b "/dev/${1##*/}" ]; do $B sleep 0.05; done
+$B mount -t ext4 -o rw,noatime "/dev/${1##*/}" /root
 for place in dev proc sys; do $B mount --move /$place /root/$place; done
 exec $B switch_root /root /sbin/init
 """
@@ -102,7 +103,7 @@ def boot(folder, root=None):
     """
     if root:
         return folder / "vmlinuz", folder / "zfs.img", f"root={root} rw"
-    return folder / "vmlinuz", folder / "plain.img", "root=/dev/sda rw"
+    return folder / "vmlinuz", folder / "plain.img", "rw"
 
 
 def build(release, folder):
@@ -177,7 +178,7 @@ def small(root, kernel):
     for name in ("dev", "proc", "sys", "root", "modules"):
         (place / name).mkdir(parents=True)
     shutil.copy(root / "bin/busybox", place / "busybox")
-    (place / "init").write_text(INIT)
+    (place / "init").write_text(INIT.replace("ROOT", str(qemu.ROOT)))
     (place / "init").chmod(0o755)
     found = {file.name.split(".")[0]: file for file in root.glob(f"usr/lib/modules/{kernel}/kernel/**/*.ko*")}
     order = [name for name in DRIVERS if name in found]

@@ -11,6 +11,8 @@ import time
 
 PROGRAM = "qemu-system-x86_64"
 MEMORY = 1536
+# The number on the SCSI bus of the disk with the system.
+ROOT = 200
 # "no-flush": a flush of the guest makes QEMU write its own tables, not this machine its disk. So what the guest flushed
 # outlives QEMU's death; of the rest only what lay upon blocks that the image had already.
 CACHE = {"direct": False, "no-flush": True}
@@ -87,7 +89,7 @@ class Qemu:
             "-device", "virtio-net-pci,netdev=wire,romfile=,host_mtu=9000",
             *(["-incoming", "defer"] if incoming else []),
         ]  # fmt: skip
-        command += ["-blockdev", json.dumps(node("root", root)), "-device", json.dumps(device("root", 200))]
+        command += ["-blockdev", json.dumps(node("root", root)), "-device", json.dumps(device("root", ROOT))]
         with open(folder / "qemu.log", "ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=handed)
         for end in (control, monitor, wire):
