@@ -199,8 +199,12 @@ def discard(identifier, test=False):
                 "Destroy or move that first."
             )
         mounted = [mount["path"] for mount in __salt__["ksnap.mounts"]() if mount["source"] in names]
+        busy = {path: users for path in mounted if (users := __salt__["ksnap.users"](path))}
+        if busy:
+            told = "; ".join(f"{path} is in use by {', '.join(users)}" for path, users in busy.items())
+            raise CommandExecutionError(f"The copy {identifier} was not destroyed: {told}. Stop that first.")
         if not test:
-            _unmount(names, mounted)
+            _unmount(names)
             for name in reversed(names):
                 _zfs("destroy", name)
         return {"id": identifier, "datasets": names}
@@ -284,16 +288,19 @@ def _options(has, place):
     return [*found, "canmount=noauto" if place else "canmount=off", f"mountpoint={place or 'none'}"]
 
 
-def _unmount(names, paths):
+def _unmount(names):
+    done = []
     # The last one first: what is mounted on another need not lie below it by its name.
     for mount in reversed(__salt__["ksnap.mounts"]()):
-        if mount["source"] in names:
-            try:
-                _zfs("unmount", mount["source"])
-            except CommandExecutionError as error:
-                raise CommandExecutionError(
-                    f"{error}\nNothing was destroyed. Of {', '.join(paths)} some may be unmounted now."
-                ) from error
+        if mount["source"] not in names:
+            continue
+        try:
+            _zfs("unmount", mount["source"])
+        except CommandExecutionError as error:
+            for dataset in reversed(done):
+                _zfs("mount", dataset)
+            raise CommandExecutionError(f"Nothing was destroyed, and all is mounted as it was: {error}") from error
+        done.append(mount["source"])
 
 
 def _take_back(made, error):

@@ -96,6 +96,13 @@ def test_refusals(tank):
     with pytest.raises(CommandExecutionError, match=r"was not destroyed: .*@mine was made of it"):
         tank.call("ksnap.discard", made["id"])
     tank.sh("zfs destroy $1@mine", made["datasets"]["tank/db"])
+    # Somebody stands in the dataset that would be unmounted last.
+    tank.sh("cd $1; sleep 1000 </dev/null >/dev/null 2>&1 & echo $! > /run/sleep", "/mnt/copy/srv/mail")
+    before = tank.call("ksnap.clones")
+    with pytest.raises(CommandExecutionError, match=r"not destroyed: /mnt/copy/srv/mail is in use by sleep \(process"):
+        tank.call("ksnap.discard", made["id"])
+    assert tank.call("ksnap.clones") == before
+    tank.sh("kill $(cat /run/sleep)")
     tank.call("ksnap.discard", made["id"])
 
 
