@@ -162,7 +162,7 @@ def recover(base, stack, where=None, how="rehearse", snapshot=None, force=False,
         identifier, mounts, unmounted = _rehearse(base, replicas, chosen["snapshot"], where)
         lost = (failed or begun) - chosen["taken"]
     else:
-        under_way = any(entry["stack"] == stack and entry["promoted"] for entry in there["replicas"].values())
+        under_way = bool(_promoted(there, stack))
         if alive["alive"] and not (force or under_way):
             raise CommandExecutionError(
                 f"The source of {stack} lives: its last sign was {time.time() - alive['seen']:.0f} s ago, and only "
@@ -189,11 +189,7 @@ def recover(base, stack, where=None, how="rehearse", snapshot=None, force=False,
 
 def _chosen(base, stack, snapshot, there):
     # A promotion that a power cut ended goes on with the set that it had begun with.
-    begun = {
-        entry["promoted_set"]
-        for entry in there["replicas"].values()
-        if entry["stack"] == stack and entry["promoted_set"]
-    }
+    begun = {entry["promoted_set"] for entry in _promoted(there, stack).values()}
     found = __salt__["zfs_dr.sets"](base, stack, there)
     whole = [each for each in found if each["whole"] and (not begun or each["snapshot"] in begun)]
     if snapshot:
@@ -204,13 +200,24 @@ def _chosen(base, stack, snapshot, there):
     return whole[-1]
 
 
-def _replicas(there, stack, chosen):
+def _of(there, stack):
+    # What was set aside has the marks of its replica, also that of a promotion.
     return {
         name: entry
         for name, entry in there["replicas"].items()
-        if entry["stack"] == stack
-        and not re.search(r"\.(aside|new)-\d{8}T\d{6}Z$", name)
-        and any(s["name"] == chosen["snapshot"] for s in entry["snapshots"])
+        if entry["stack"] == stack and not re.search(r"\.(aside|new)-\d{8}T\d{6}Z$", name)
+    }
+
+
+def _promoted(there, stack):
+    return {name: entry for name, entry in _of(there, stack).items() if entry["promoted"]}
+
+
+def _replicas(there, stack, chosen):
+    return {
+        name: entry
+        for name, entry in _of(there, stack).items()
+        if any(s["name"] == chosen["snapshot"] for s in entry["snapshots"])
     }
 
 
@@ -394,9 +401,7 @@ def demote(base, stack):
         salt '*' zfs_dr.demote backup/web1 web
     """
     there = __salt__["zfs_dr.target_listing"](None, base)
-    replicas = {
-        name: entry for name, entry in there["replicas"].items() if entry["stack"] == stack and entry["promoted"]
-    }
+    replicas = _promoted(there, stack)
     if not replicas:
         raise CommandExecutionError(f"{stack} is not promoted in {base}; there is nothing to end")
     names = [f"{base}/{name}" for name in replicas]

@@ -60,11 +60,15 @@ def test_promoted_demoted_and_brought_back(here):
     with pytest.raises(CommandExecutionError, match="The source of web lives"):
         recover(here, how="promote")
     assert here.run("zfs", "get", "-H", "-o", "value", "readonly", "backup/dr/tank:web").stdout == "on\n"
-    # The source is lost, with something on it that had not been replicated.
+    # The source is lost while the next set is on its way, with something on it that had not been replicated.
+    here.sh("""
+        zfs snapshot tank/web@next; zfs send -w -i @$1 tank/web@next | zfs receive -u backup/dr/tank:web
+        """, first["snapshot"])  # fmt: skip
     here.sh("echo lost > /srv/web/lost; zpool sync; zpool export tank")
     failed = time.time()
     done = recover(here, how="promote", silence=0, failed=failed)
     assert done["snapshot"] == first["snapshot"] and done["rpo"] > 0 and done["rto"] > 0
+    assert len(here.call("zfs_dr.asides", "backup/dr")) == 1
     assert done["mounts"] == {"backup/dr/tank:web": "/srv/web", "backup/dr/tank:web:db": "/srv/web/db"}
     here.sh("echo two > /srv/web/db/file; ! [ -e /srv/web/lost ]")
     # The source comes back: it must not replicate over what serves now.
@@ -85,6 +89,10 @@ def test_promoted_demoted_and_brought_back(here):
     again = replicate(here, take=True)
     assert all(each["why"] == "incremental" for each in again["datasets"].values())
     assert here.call("zfs_dr.verify", STACK, VAULT, contents=True)["ok"]
+    # What was set aside then is no promotion that had begun.
+    with pytest.raises(CommandExecutionError, match="The source of web lives"):
+        recover(here, how="promote")
+    assert recover(here, "/mnt/r")["snapshot"] == again["snapshot"]
 
 
 def test_an_encrypted_replica_leaves_and_comes_back_without_its_key_at_the_target(here):
