@@ -476,17 +476,21 @@ def set_aside(side, replica, snapshot, stamp=None):
     if snapshot is None:
         zfs("rename", "-u", replica, kept)
         return kept
-    argv = ["get", "-Hp", "-s", "local,received", "-o", "property,value", "all", replica]
-    properties = [line.split("\t") for line in zfs(*argv).splitlines()]
-    options = [
-        word
-        for name, value in properties
-        if name in ("readonly", "canmount", "mountpoint") or name.startswith("zfs_dr:")
-        for word in ("-o", f"{name}={value}")
-    ]
+    options = [word for pair in _own_properties(zfs, replica) for word in ("-o", pair)]
     zfs("clone", *options, f"{replica}@{snapshot}", new)
     _switch(zfs, replica, new, kept)
     return kept
+
+
+def _own_properties(zfs, replica):
+    # What a replica has, and a clone that takes its place must have.
+    lines = zfs("get", "-Hp", "-s", "local,received", "-o", "property,value", "all", replica).splitlines()
+    properties = [line.split("\t") for line in lines]
+    return [
+        f"{name}={value}"
+        for name, value in properties
+        if name in ("readonly", "canmount", "mountpoint") or name.startswith("zfs_dr:")
+    ]
 
 
 def _switch(zfs, replica, new, kept):
@@ -526,6 +530,10 @@ def mend(side, base, there):
         if match[1] not in there["replicas"]:
             zfs("rename", "-u", f"{base}/{name}", replica)
         elif entry["origin"] and entry["origin"].startswith(f"{replica}@"):
+            # A cut may come between a clone and its properties: OpenZFS sets them after it was made.
+            pairs = _own_properties(zfs, replica)
+            if pairs:
+                zfs("set", *pairs, f"{base}/{name}")
             _switch(zfs, replica, f"{base}/{name}", kept)
         else:
             zfs("rename", "-u", replica, kept)
