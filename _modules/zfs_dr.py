@@ -642,6 +642,12 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
     for name in sorted({each["name"] for each in others} | partial):
         __salt__["zfs_dr.run"](sides["target"], ["zfs", "release", "-r", tag, f"{base}@{name}"], code=True)
     _let_go(sides["source"], target, source, wanted)
+    replicas = there["replicas"]
+    known = {name: replicas.get(plan[name]["replica"], {}).get("origin_guid") for name in source}
+    replaced = any(known[name] not in (None, entry["guid"]) for name, entry in source.items())
+    if sides["source"] is None and (replaced or any(".aside-" in name for name in replicas)):
+        # A rollback sets a source's state aside with the set before, and its hold; nobody needs that any more.
+        __salt__["zfs_dr.release_asides"](list(source), f"zfs_dr:{target['id']}")
 
 
 def _hold_there(side, base, wanted, tag):

@@ -214,6 +214,41 @@ def _release_all(dataset):
                 __salt__["ksnap.command"](["zfs", "release", tag, snapshot])
 
 
+def release_asides(datasets, tag, test=False):
+    """
+    Release what is held for a target in states of this machine that :func:`ksnap.rollback` has set aside: a hold stays
+    with its snapshot, and so goes aside with it, where no replication looks for it.
+
+    datasets
+        (list of strings) Whose states.
+    tag
+        (string) The hold's: ``zfs_dr:<target>``.
+    test
+        (bool) Release nothing, only tell. Default: False.
+
+    Returns a list of the snapshots that were held.
+
+    Raises ``CommandExecutionError`` when ZFS refuses.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.release_asides '[tank/web]' zfs_dr:vault
+    """
+    names = [name for each in __salt__["ksnap.aside"]() for of, name in each["datasets"].items() if of in datasets]
+    if not names:
+        return []
+    argv = ["zfs", "list", "-Hp", "-d", "1", "-t", "snapshot", "-o", "name,userrefs", *names]
+    held = [line.split("\t")[0] for line in __salt__["ksnap.command"](argv).splitlines() if not line.endswith("\t0")]
+    if held:
+        lines = __salt__["ksnap.command"](["zfs", "holds", "-H", *held]).splitlines()
+        held = [line.split("\t")[0] for line in lines if line.split("\t")[1] == tag]
+    if held and not test:
+        __salt__["ksnap.command"](["zfs", "release", tag, *held])
+    return held
+
+
 def forget(stack, target, test=False):
     """
     Give a target up: nothing at the source is kept for it any more. The replicas stay, and are not held there any more.
@@ -260,6 +295,8 @@ def forget(stack, target, test=False):
             for mark in entry["bookmarks"]
             if mark["name"].startswith(prefix)
         ]
+        if sides["source"] is None:
+            told["released"] += release_asides(datasets, tag, test)
         if test:
             return told
         __salt__["zfs_dr.run_all"](sides["source"], [["zfs", "destroy", mark] for mark in told["bookmarks"]])
