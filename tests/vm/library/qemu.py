@@ -14,7 +14,7 @@ MEMORY = 1536
 # The number on the SCSI bus of the disk with the system.
 ROOT = 200
 # What guards or speeds up a real processor makes an emulated one slow: where no process has addresses of its own, QEMU
-# finds again what it has translated (zfs takes a third of the time); a "rep movs" is translated to a step for each byte.
+# finds again what it has translated (zfs takes a third of the time); a "rep movs" becomes a step for each byte.
 KERNEL = "mitigations=off norandmaps clearcpuid=rep_good,erms,fsrm"
 # "no-flush": a flush of the guest makes QEMU write its own tables, not this machine its disk. So what the guest flushed
 # outlives QEMU's death; of the rest only what lay upon blocks that the image had already.
