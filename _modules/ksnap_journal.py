@@ -15,10 +15,8 @@ import base64
 import contextlib
 import json
 import os
-import shutil
 import stat
 import subprocess
-import sys
 import time
 import zlib
 
@@ -43,7 +41,7 @@ Conflicts=shutdown.target
 [Service]
 Type=oneshot
 ExecCondition=/bin/sh -c 'test -n "$(zfs get -H -d 0 -s local -o value {journal},ksnap:boot_once)"'
-ExecStart={salt_call} --local --config-dir={config} --retcode-passthrough ksnap.recover services=False
+ExecStart={recover}
 
 [Install]
 WantedBy=sysinit.target
@@ -184,18 +182,9 @@ def boot_unit(root="/"):
     """
     if not os.path.isdir("/run/systemd/system"):
         return None
-    here = os.path.dirname(sys.executable)
-    places = [os.path.join(here, "salt-call"), os.path.join(os.path.dirname(here), "salt-call")]
-    places += filter(None, [shutil.which("salt-call")])
-    salt_call = next((path for path in places if os.access(_under(root, path), os.X_OK)), None)
-    if not salt_call:
-        raise CommandExecutionError(
-            f"There is no {' and no '.join(_under(root, path) for path in places)}: {os.path.basename(UNIT)} could "
-            "not finish what a power cut breaks off. Install it, or link it there."
-        )
-    config = os.path.dirname(__opts__.get("conf_file") or "/etc/salt/minion")
-    text = UNIT_TEXT.format(journal=JOURNAL, salt_call=salt_call, config=config)
-    place = _under(root, UNIT)
+    recover = __salt__["ksnap.salt_call"]("ksnap.recover", "services=False", root=root)
+    text = UNIT_TEXT.format(journal=JOURNAL, recover=recover)
+    place = os.path.join(root, UNIT.lstrip("/"))
     with contextlib.suppress(FileNotFoundError), open(place, encoding="utf-8") as file:
         if file.read() == text:
             return UNIT
@@ -205,10 +194,6 @@ def boot_unit(root="/"):
     _run("systemctl", f"--root={root}", "enable", os.path.basename(UNIT))
     os.sync()
     return UNIT
-
-
-def _under(root, path):
-    return os.path.join(root, path.lstrip("/"))
 
 
 # The journal

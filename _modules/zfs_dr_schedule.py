@@ -2,47 +2,14 @@
 Replication by the clock
 ========================
 
-A systemd timer for each stack and target, as ``ksnap.schedule`` has them for snapshots and for the same reasons: it
-needs no running minion, makes up for what it missed while the machine was off, and its log is where an operator looks.
+A systemd timer for each stack and target; see ``ksnap.timer_present`` for why it is one.
 """
 
-import contextlib
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
 
-from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.exceptions import SaltInvocationError
 
 __virtualname__ = "zfs_dr"
-
-FOLDER = "/etc/systemd/system"
-SERVICE = """\
-# Made by Salt (zfs_dr.replicated); changes here are lost.
-[Unit]
-Description=Replication of the stack {stack} to {target} (zfs_dr)
-After=network-online.target
-Wants=network-online.target
-
-[Service]
-Type=oneshot
-ExecStart={command}
-"""
-TIMER = """\
-# Made by Salt (zfs_dr.replicated); changes here are lost.
-[Unit]
-Description=Replications of the stack {stack} to {target} (zfs_dr)
-
-[Timer]
-OnCalendar={calendar}
-Persistent=true
-AccuracySec=1s
-
-[Install]
-WantedBy=timers.target
-"""
 
 
 def __virtual__():
@@ -130,33 +97,19 @@ def schedule(calendar, stack, target, take=True, grid=None, count=None, test=Fal
     target = __salt__["zfs_dr.target"](target)
     stack_name, datasets = __salt__["zfs_dr.members"](stack, target)
     _refuse(target, take, grid, count)
-    _run("systemd-analyze", "calendar", str(calendar), wrong=f"{calendar!r} is no time for systemd.time(7)")
     declared = __salt__["config.get"]("ksnap:stacks")[stack] if isinstance(stack, str) else stack
     if target["direction"] == "pull":
         declared = {"datasets": datasets}
     arguments = {"take": take, "grid": grid, "count": count}
-    words = [_salt_call(), "--local", f"--config-dir={_config()}", "--retcode-passthrough", "zfs_dr.periodic"]
-    words += [json.dumps(each, sort_keys=True) for each in ({"name": stack_name, **declared}, target)]
-    words += [f"{key}={value}" for key, value in arguments.items() if value is not None]
-    names = {"stack": stack_name, "target": target["id"]}
-    service, timer = _units(stack_name, target)
-    texts = {
-        service: SERVICE.format(**names, command=" ".join(map(_quoted, words))),
-        timer: TIMER.format(**names, calendar=calendar),
-    }
-    has = {unit: _read(unit) for unit in texts}
-    changes = {unit: {"old": has[unit], "new": text} for unit, text in texts.items() if has[unit] != text}
-    if not changes and _on(timer):
-        return {}
-    changes = changes or {timer: {"old": "stopped", "new": "started"}}
-    if not test:
-        for unit, text in texts.items():
-            with open(os.path.join(FOLDER, unit), "w", encoding="utf-8") as file:
-                file.write(text)
-        _run("systemctl", "daemon-reload")
-        _run("systemctl", "enable", timer)
-        _run("systemctl", "restart", timer)
-    return changes
+    command = __salt__["ksnap.salt_call"](
+        "zfs_dr.periodic",
+        *(json.dumps(each, sort_keys=True) for each in ({"name": stack_name, **declared}, target)),
+        *(f"{key}={value}" for key, value in arguments.items() if value is not None),
+    )
+    about = f"Replication of the stack {stack_name} to {target['id']} (zfs_dr)"
+    return __salt__["ksnap.timer_present"](
+        _units(stack_name, target), calendar, about, command, after="network-online.target", test=test
+    )
 
 
 def unschedule(stack, target, test=False):
@@ -177,56 +130,8 @@ def unschedule(stack, target, test=False):
         salt '*' zfs_dr.unschedule web vault
     """
     target = __salt__["zfs_dr.target"](target)
-    units = _units(__salt__["zfs_dr.members"](stack, target)[0], target)
-    there = [unit for unit in units if _read(unit) is not None]
-    if there and not test:
-        _run("systemctl", "disable", "--now", units[1])
-        for unit in there:
-            os.unlink(os.path.join(FOLDER, unit))
-        _run("systemctl", "daemon-reload")
-    return there
+    return __salt__["ksnap.timer_absent"](_units(__salt__["zfs_dr.members"](stack, target)[0], target), test=test)
 
 
 def _units(stack, target):
-    name = f"zfs_dr-{target['id']}-{stack}"
-    return f"{name}.service", f"{name}.timer"
-
-
-def _quoted(word):
-    # systemd.service(5): C escapes within double quotes; % and $ are doubled.
-    text = str(word).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return f'"{text}"' if re.search(r"[^A-Za-z0-9_./:=%-]", text) else text
-
-
-def _salt_call():
-    here = os.path.dirname(sys.executable)
-    places = [os.path.join(here, "salt-call"), os.path.join(os.path.dirname(here), "salt-call")]
-    found = next((path for path in places if os.access(path, os.X_OK)), shutil.which("salt-call"))
-    if not found:
-        raise CommandExecutionError(f"There is no salt-call beside {sys.executable}, nor in the PATH.")
-    return found
-
-
-def _config():
-    return os.path.dirname(__opts__.get("conf_file") or "/etc/salt/minion")
-
-
-def _read(unit):
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(FOLDER, unit), encoding="utf-8") as file:
-        return file.read()
-    return None
-
-
-def _on(timer):
-    return all(
-        subprocess.run(["systemctl", "--quiet", word, timer], check=False).returncode == 0
-        for word in ("is-enabled", "is-active")
-    )
-
-
-def _run(*words, wrong=None):
-    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    if done.returncode and wrong:
-        raise SaltInvocationError(f"{wrong}: {done.stderr.strip()}")
-    if done.returncode:
-        raise CommandExecutionError(f"{' '.join(words)} failed: {done.stderr.strip() or done.returncode}")
+    return f"zfs_dr-{target['id']}-{stack}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-# On real OpenZFS a test takes half a minute: most run on one release, and on the other those that show the most.
+# On an emulated processor a test takes some ten seconds: most run on one release, and on the other those that show the most.
 ONE = pytest.mark.parametrize("debian", ["trixie"], indirect=True)
 MAIL = {"name": "mail", "datasets": ["tank/mail", "tank/db"], "children": True}
 CONFIG = {"ksnap": {"stacks": {"mail": {"datasets": ["tank/mail", "tank/db"], "children": True}}}}

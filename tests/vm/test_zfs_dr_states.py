@@ -44,3 +44,22 @@ def test_replicated_pruned_and_absent(here):
     wrong = here.state("zfs_dr.pruned", "backup/dr", stack="web")
     assert wrong["result"] is False and "needs a grid" in wrong["comment"]
     assert here.sh("ls /etc/systemd/system/zfs_dr-* || true").stdout == ""
+
+
+def test_a_timer_replicates(here):
+    target = {**VAULT, "grid": "1x1h(keep=all) | 24x1h"}
+    state = {"stack": STACK, "target": target, "schedule": "*:*:0/2", "count": 9}
+    done = told(here, "zfs_dr.replicated", "in the vault", **state)
+    first = done["changes"]["snapshot"]["new"]
+    timer, service = "zfs_dr-vault-web.timer", "zfs_dr-vault-web.service"
+    here.sh("until (($(zfs list -H -d 1 -t snapshot backup/dr | wc -l) > 1)); do sleep .2; done", timeout=300)
+    here.sh("systemctl stop $1; until ! systemctl is-active $2; do sleep .2; done", timer, service)
+    assert "Result=success" in here.run("systemctl", "show", service).stdout
+    sets = snapshots(here, "backup/dr")
+    assert sets[0] == first and snapshots(here, "backup/dr/tank:web") == sets
+    assert here.call("zfs_dr.status", STACK, target)["behind"] == 0
+    # Stopped by hand, it is started again.
+    assert set(here.state("zfs_dr.replicated", "in the vault", **state)["changes"]) == {"timer"}
+    here.run("systemctl", "is-active", timer)
+    told(here, "zfs_dr.replicated", "in the vault", stack=STACK, target=target)
+    assert here.sh("ls /etc/systemd/system/*/zfs_dr-* /etc/systemd/system/zfs_dr-* || true").stdout == ""
