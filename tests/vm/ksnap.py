@@ -2,7 +2,7 @@
 
 import pytest
 
-# On an emulated processor a test takes some ten seconds: most run on one release, and on the other those that show the most.
+# On an emulated processor a test takes ten seconds: most run on one release, and those that show most on the other too.
 ONE = pytest.mark.parametrize("debian", ["trixie"], indirect=True)
 MAIL = {"name": "mail", "datasets": ["tank/mail", "tank/db"], "children": True}
 CONFIG = {"ksnap": {"stacks": {"mail": {"datasets": ["tank/mail", "tank/db"], "children": True}}}}
