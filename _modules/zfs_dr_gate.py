@@ -31,7 +31,7 @@ RECEIVED = rf"(readonly=on|canmount=noauto|mountpoint=none|{PAIR})"
 COLUMNS = r"[a-z_:,]+"
 TOKEN = r"1-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+"
 TAG = rf"zfs_dr:{NAME}"
-# {d} is a dataset of the key's; {b} is the base itself; a word with * may come any number of times, with + at least
+# {d} is any dataset of the key's; {b} is one base itself; a word with * may come any number of times, with + at least
 # once.
 RULES = {
     "target": [
@@ -97,17 +97,19 @@ def permitted(grants, argv):
         return False
     # No word of a rule has a line's end in it, so words are told apart by that.
     text = "\n".join(argv)
-    return any(re.fullmatch(pattern, text) for grant in grants for pattern in _patterns(grant))
+    return any(re.fullmatch(pattern, text) for pattern in _patterns(grants))
 
 
-def _patterns(grant):
-    role, _, dataset = grant.partition(":")
-    base = re.escape(dataset)
-    within = rf"{base}(?:/{NAME})*"
-    for rule in RULES.get(role, []):
-        # A space in a rule is the end of a word; a group that repeats takes the end of its words with it.
-        pattern = re.sub(r" \(([^ ()]*(?: [^ ]*)?)\)([*+])", _repeated, rule.replace(f"({RECEIVED})", RECEIVED))
-        yield pattern.replace(" ", "\n").replace("{b}", base).replace("{d}", within)
+def _patterns(grants):
+    for role, rules in RULES.items():
+        granted = [re.escape(each.partition(":")[2]) for each in grants if each.startswith(f"{role}:")]
+        # A stack may be of several datasets that are granted, and is asked for at once; never two bases.
+        for base in granted if role == "target" else ["|".join(granted)] if granted else []:
+            within = rf"(?:{base})(?:/{NAME})*"
+            for rule in rules:
+                # A space in a rule is the end of a word; a group that repeats takes the end of its words with it.
+                pattern = re.sub(r" \(([^ ()]*(?: [^ ]*)?)\)([*+])", _repeated, rule.replace(f"({RECEIVED})", RECEIVED))
+                yield pattern.replace(" ", "\n").replace("{b}", base).replace("{d}", within)
 
 
 def _repeated(match):

@@ -167,10 +167,12 @@ def streams(jobs, parallel=4, bandwidth=0, progress=None):
 
     def report():
         moved = sum(chain.bytes for chain in chains.values())
+        # What is expected is an estimate, until it has come.
+        expected = sum(chains[job["name"]].bytes if job["name"] in results else job.get("bytes", 0) for job in jobs)
         progress(
             {
                 "bytes": moved,
-                "expected": max(moved, sum(job.get("bytes", 0) for job in jobs)),
+                "expected": max(moved, expected),
                 "seconds": time.monotonic() - begun,
                 "done": len(results),
                 "streams": len(jobs),

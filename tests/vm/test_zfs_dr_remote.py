@@ -1,12 +1,37 @@
 """Replication between two machines, by a user without privileges whose key starts nothing but the gate."""
 
+import json
+import re
+import shlex
+
 import pytest
-from salt.exceptions import CommandExecutionError
+from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 from .ksnap import ONE
-from .zfs_dr import PUSH, public_key, replicate, same, why, write
+from .zfs_dr import KEY, PUSH, STACK, holds, public_key, replicate, same, snapshots, take, why, write
 
 pytestmark = ONE
+PULL = {"name": "vault", "dataset": "backup/dr", "ssh": "zfs_dr@source", "direction": "pull", "key": KEY}
+LISTEN = """\
+import json
+import salt.config
+import salt.utils.event
+
+options = salt.config.minion_config("/etc/salt/minion")
+while True:
+    try:
+        bus = salt.utils.event.get_event("minion", opts=options, listen=True)
+        if bus.cpub:
+            break
+    except Exception as error:
+        print(error)
+with open("/root/heard", "a") as file:
+    while True:
+        event = bus.get_event(wait=5, tag="zfs_dr/", full=True)
+        if event:
+            file.write(json.dumps({"tag": event["tag"], "data": event["data"]}) + "\\n")
+            file.flush()
+"""
 
 
 def prepared(source, target):
@@ -55,3 +80,154 @@ def test_push_as_a_user_who_may_do_nothing_else(pair):
     target.call("zfs_dr.authorize", "zfs_dr", public_key(source), [])
     with pytest.raises(CommandExecutionError, match=r"(?s)Permission denied.*apply zfs_dr.target there"):
         replicate(source, PUSH, take=True)
+
+
+def offered(source, target):
+    """Let the target's machine pull the stack."""
+    source.call("zfs_dr.user_present", "zfs_dr")
+    source.call("zfs_dr.gate_install")
+    source.call("zfs_dr.authorize", "zfs_dr", public_key(target), ["source:tank/web", "source:tank/mail"])
+    for dataset in ("tank/web", "tank/mail"):
+        source.call("zfs_dr.grant", "zfs_dr", dataset, "source")
+    target.sh("zfs create -o mountpoint=none -o readonly=on -o canmount=noauto backup/dr")
+
+
+def refused(machine, target, permission, on, dataset, role):
+    """Without this one permission a replication fails, and says what gives it back; with it again there it goes on."""
+    gone = on.call("zfs_dr.revoke", "zfs_dr", dataset, [permission])
+    assert gone == [permission]
+    try:
+        replicate(machine, target)
+        pytest.fail(f"without {permission} it went through")
+    except CommandExecutionError as error:
+        assert "zfs_dr.grant on that machine" in str(error), permission
+    assert on.call("zfs_dr.grant", "zfs_dr", dataset, role)["new"] == [permission]
+
+
+def test_pull_as_a_user_who_may_do_nothing_else(pair):
+    source, target = pair
+    offered(source, target)
+    first = take(source)
+    done = replicate(target, PULL)
+    assert done["snapshot"] == first and same(source, first, target)
+    write(source, "more")
+    second = take(source)
+    for permission in ("send", "hold", "bookmark", "release", "destroy"):
+        # A third bookmark makes the first go.
+        refused(target, PULL, permission, source, "tank/web", "source")
+        done = replicate(target, PULL)
+        assert done["snapshot"] == second and same(source, second, target), permission
+        write(source, permission)
+        second = take(source)
+    done = replicate(target, PULL)
+    assert set(why(done).values()) == {"incremental"}
+    assert {tag for name, tag in holds(source, f"tank/web@{second}")} == {"zfs_dr:vault"}
+    with pytest.raises(SaltInvocationError, match="take is for a stack of this machine"):
+        replicate(target, PULL, take=True)
+    for words in ("zfs destroy tank/web", "zfs receive tank/web", "zfs send -R tank/web@x", "zfs list"):
+        said = target.run("ssh", "zfs_dr@source", words, check=False)
+        assert said.returncode == 126 and "not permitted by the gate" in said.stderr
+
+
+def test_each_permission_of_the_target_is_needed(pair):
+    source, target = pair
+    prepared(source, target)
+    take(source)
+    needed = set(target.call("zfs_dr.permissions", "target"))
+    for permission in ("receive", "create", "mount"):
+        refused(source, PUSH, permission, target, "backup/dr", "target")
+        needed.remove(permission)
+    first = replicate(source, PUSH)
+    assert same(source, first["snapshot"], target)
+    for permission in ("userprop", "snapshot", "hold", "release"):
+        write(source, permission)
+        take(source)
+        refused(source, PUSH, permission, target, "backup/dr", "target")
+        needed.remove(permission)
+        replicate(source, PUSH)
+    # What somebody wrote to a replica is set aside.
+    for permission in ("rename", "clone", "promote", "canmount", "mountpoint", "readonly"):
+        target.sh("zfs set readonly=off mountpoint=/mnt backup/dr/tank:mail; zfs mount backup/dr/tank:mail")
+        target.sh("echo x > /mnt/x; zfs unmount backup/dr/tank:mail; zfs set mountpoint=none backup/dr/tank:mail")
+        take(source)
+        refused(source, PUSH, permission, target, "backup/dr", "target")
+        needed.remove(permission)
+        done = replicate(source, PUSH)
+        assert set(why(done).values()) == {"incremental"} and same(source, done["snapshot"], target), permission
+    assert not needed
+
+
+def test_another_host_key_is_refused_until_it_is_known(pair):
+    source, target = pair
+    prepared(source, target)
+    first = replicate(source, PUSH, take=True)
+    old = target.read("/etc/ssh/ssh_host_ed25519_key")
+    known = source.read("/etc/ssh/ssh_known_hosts")
+    try:
+        target.sh("rm /etc/ssh/ssh_host_ed25519_key*; ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key")
+        target.run("systemctl", "restart", "ssh")
+        with pytest.raises(CommandExecutionError, match="If that is right, put the new one in place"):
+            replicate(source, PUSH, take=True)
+        assert snapshots(target, "backup/dr") == [first["snapshot"]]
+        assert "host key" in source.call("zfs_dr.status", STACK, PUSH)["error"]
+        new = target.read("/etc/ssh/ssh_host_ed25519_key.pub").split()
+        source.put("/etc/ssh/ssh_known_hosts", f"* {new[0]} {new[1]}\n")
+        done = replicate(source, PUSH, take=True)
+        assert set(why(done).values()) == {"incremental"} and same(source, done["snapshot"], target)
+    finally:
+        source.put("/etc/ssh/ssh_known_hosts", known)
+        target.put("/etc/ssh/ssh_host_ed25519_key", old, mode=0o600)
+        target.run("systemctl", "restart", "ssh")
+
+
+def test_a_link_that_is_cut_is_gone_on_with(pair):
+    source, target = pair
+    prepared(source, target)
+    replicate(source, PUSH, take=True)
+    write(source, "more", "2M")
+    taken = take(source)
+    switch = source.room.switch
+    switch.cut_after("target", 2_500_000)
+    # ssh itself finds out, by its own silence.
+    with pytest.raises(CommandExecutionError):
+        replicate(source, PUSH)
+    assert switch.is_cut("target")
+    switch.uncut("target")
+    # sshd there has not found out yet, and what it left waits for more: that is ended first.
+    done = replicate(source, PUSH)
+    assert done["snapshot"] == taken and same(source, taken, target)
+    assert any(each.startswith("resumed") for each in why(done).values())
+    assert done["bytes"] < 6_000_000
+    assert "full" not in str(why(done))
+
+
+def test_a_limit_is_kept_and_all_see_how_far_it_is(pair):
+    source, target = pair
+    prepared(source, target)
+    take(source)
+    # What a terminal shows, and what is on the bus of the minion, which needs no master.
+    source.put("/etc/salt/minion.d/alone.conf", "master_type: disable\n")
+    source.put("/root/listen.py", LISTEN)
+    source.sh("systemd-run --quiet --unit=bus /opt/salt-xmpp/bin/salt-minion; rm -f /root/heard")
+    source.sh("systemd-run --quiet --unit=listen /opt/salt-xmpp/bin/python3 /root/listen.py")
+    try:
+        source.sh("until [ -e /root/heard ]; do sleep .2; done", timeout=300)
+        source.put("/etc/salt/minion.d/dr.conf", json.dumps({"ksnap": {"stacks": {"web": STACK}}}))
+        target_words = json.dumps({**PUSH, "bandwidth": 200_000, "compression": "zstd"})
+        call = ["/opt/salt-xmpp/bin/salt-call", "--local", "--out=json", "zfs_dr.replicate", "web", target_words]
+        shown = source.run("script", "-qec", shlex.join(call), "/dev/null", timeout=300).stdout
+        heard = [json.loads(line) for line in source.read("/root/heard").splitlines()]
+    finally:
+        source.sh("systemctl stop bus listen; rm /etc/salt/minion.d/alone.conf /etc/salt/minion.d/dr.conf")
+    done = json.loads(shown[shown.index("{") : shown.rindex("}") + 1])["local"]
+    assert same(source, done["snapshot"], target)
+    sent = [each for each in heard if each["tag"].endswith("/progress")]
+    spent = sent[-1]["data"]["seconds"]
+    assert done["bytes"] > 900_000 and 0.8 < spent / (done["bytes"] / 200_000) < 3
+    assert len(sent) >= 3 and {each["tag"] for each in heard} == {
+        "zfs_dr/vault/web/progress", "zfs_dr/vault/web/whole",
+    }  # fmt: skip
+    moved = [each["data"]["bytes"] for each in sent]
+    assert moved == sorted(moved) and moved[-1] == done["bytes"]
+    lines = re.findall(r"web to vault: (\d) of 3 datasets, 0 MiB, (\d+) %, [\d.]+ MiB/s", shown)
+    assert len(lines) >= 3 and lines[-1] == ("3", "100")

@@ -12,7 +12,7 @@ PUSH = {"name": "vault", "dataset": "backup/dr", "ssh": "zfs_dr@target", "key": 
 
 FORGOTTEN = """
 rm -rf /run/zfs_dr /var/lib/zfs_dr /usr/local/lib/zfs_dr /etc/systemd/system/*zfs_dr-* /etc/systemd/system/*/*zfs_dr-*
-if id -u zfs_dr >/dev/null 2>&1; then pkill -u zfs_dr || true; userdel zfs_dr; fi
+if id -u zfs_dr >/dev/null 2>&1; then until userdel zfs_dr; do pkill -KILL -u zfs_dr || true; sleep .1; done; fi
 """
 SOURCE = """
 zpool create -O compression=off tank $1

@@ -80,6 +80,17 @@ def test_a_resume_token_is_let_through_and_zfs_itself_asks_for_the_permission_to
     assert not GATE.permitted(GRANTS, [*argv[:3], "--help"])
 
 
+def test_a_stack_of_several_granted_datasets_is_asked_for_at_once():
+    grants = ["source:tank/web", "source:tank/mail", "target:backup/a", "target:backup/b"]
+    listing = "zfs list -Hp -d 1 -t snapshot -o name,guid,createtxg"
+    assert GATE.permitted(grants, f"{listing} tank/mail tank/web tank/web/db".split(" "))
+    assert not GATE.permitted(grants, f"{listing} tank/mail tank/web tank/other".split(" "))
+    assert not GATE.permitted(grants, f"{listing} tank/web backup/a".split(" "))
+    # From one base to another there is no way.
+    assert GATE.permitted(grants, "zfs rename -u backup/b/x backup/b/y".split(" "))
+    assert not GATE.permitted(grants, "zfs rename -u backup/a/x backup/b/x".split(" "))
+
+
 @pytest.mark.parametrize("command", DENIED)
 def test_what_is_near_it_is_not(command):
     assert not GATE.permitted(GRANTS, command.split(" "))
