@@ -96,7 +96,8 @@ def status(stack, target):
         source, there = _both(target, datasets)
     except CommandExecutionError as error:
         return {**told, "reachable": False, "reason": str(error)}
-    whole = [each for each in there["sets"] if each["stack"] == name]
+    # What was set aside since, after a rollback, is not whole any more.
+    whole = [each for each in there["sets"] if each["stack"] == name and not _incomplete(name, each, there)]
     told["sets"] = len(whole)
     own = {dataset.replace("/", ":") for dataset in datasets}
     told["extra"] = sorted(
@@ -184,6 +185,7 @@ def verify(stack, target, contents=False, checksums=None):
             problems.append(f"the replica of {dataset} was written to: replicate again, which sets that aside")
     whole = [each for each in there["sets"] if each["stack"] == name]
     problems += [problem for each in whole if (problem := _incomplete(name, each, there))]
+    whole = [each for each in whole if not _incomplete(name, each, there)]
     done = {"files": 0, "bytes": 0}
     newest = whole[-1]["name"] if whole else None
     if newest is None:

@@ -138,6 +138,14 @@ def test_a_rollback_of_ksnaps_goes_on_incrementally_and_what_is_aside_can_be_dis
     assert all("incremental" in text and "set aside" in text for text in why(done).values())
     assert same(here, done["snapshot"])
     here.call("ksnap.discard_aside", aside)
+    # Back to a set that is whole there, with nothing newer: that is the newest one, on both sides.
+    write(here, "again")
+    replicate(here, take=True)
+    here.call("ksnap.rollback", STACK, done["snapshot"])
+    assert replicate(here)["snapshot"] == done["snapshot"]
+    assert here.call("zfs_dr.status", STACK, VAULT)["snapshot"] == done["snapshot"]
+    assert here.call("zfs_dr.verify", STACK, VAULT, contents=True)["snapshot"] == done["snapshot"]
+    here.call("ksnap.discard_aside", here.call("ksnap.aside")[0]["id"])
     # A target that is given up has nothing in states aside, either.
     aside = here.call("ksnap.rollback", STACK, older)["aside"]
     gone = here.call("zfs_dr.forget", STACK, VAULT)["released"]
