@@ -283,21 +283,20 @@ def _forget_pointer(pool, identifier, keeper):
 
 
 def _forward(plan, start, doubtful):
-    stage = start
+    stage, fresh = start, set()
     try:
         if doubtful:
             # The machine's start, or somebody, may have mounted meanwhile what is about to be moved.
             _halt(plan)
-            _unmount(plan["forward"]["mounts"])
+            _unmount_strays(plan)
         for stage in range(start, len(plan["stages"])):
             if stage != start:
                 _position(plan, "forward", stage)
             for step in plan["stages"][stage]:
-                if not (doubtful and stage == start and _is_done(step)):
-                    _do(plan, step)
-        stage = len(plan["stages"])
-        if stage != start:
-            _position(plan, "forward", stage)
+                if doubtful and stage == start and _is_done(step):
+                    _complete(step)
+                else:
+                    _do(plan, step, fresh)
         _finish(plan, "forward")
     except CommandExecutionError as error:
         try:
@@ -316,8 +315,7 @@ def _forward(plan, start, doubtful):
 
 def _back(plan, start):
     if start:
-        _unmount(plan["back"]["mounts"])
-        _unmount(plan["forward"]["mounts"])
+        _unmount_strays(plan)
     for stage in range(min(start, len(plan["stages"]) - 1), -1, -1):
         if stage != start:
             _position(plan, "back", stage)
@@ -385,7 +383,7 @@ def _is_done(step):
     return False
 
 
-def _do(plan, step):
+def _do(plan, step, fresh):
     kind, *words = step
     if kind == "halt":
         _halt(plan)
@@ -394,12 +392,23 @@ def _do(plan, step):
     elif kind == "clone":
         snapshot, dataset, options, _ = words
         _zfs("clone", *(word for option in options for word in ("-o", option)), snapshot, dataset)
+        fresh.add(dataset)
+    elif kind == "promote" and words[0] in fresh:
+        # Made just now, it has no bookmarks that could be in the way.
+        _zfs("promote", words[0])
     elif kind == "promote":
         __salt__["ksnap.promote_dataset"](words[0], f"{words[1]}@{words[2]}")
     elif kind == "allow":
         _zfs("allow", *words[0])
     elif kind == "set":
         _set(words[0], words[1])
+
+
+def _complete(step):
+    kind, *words = step
+    if kind == "clone" and words[2]:
+        # OpenZFS makes the clone in one transaction group, and sets its properties in the next ones.
+        _zfs("set", *words[2], words[1])
 
 
 def _undo(step):
@@ -461,6 +470,20 @@ def _unmount(mounts):
                         )
                     ) from error
                 time.sleep(0.1)
+
+
+def _unmount_strays(plan):
+    """Unmount what the plan moves, wherever it is mounted: a clone that has no properties yet is so at the start."""
+    names = {mount["dataset"] for side in ("forward", "back") for mount in plan[side]["mounts"]}
+    names |= {step[2] for stage in plan["stages"] for step in stage if step[0] == "clone"}
+    mounts = __salt__["ksnap.mounts"]()
+    _unmount(
+        [
+            {"dataset": mount["source"], "path": mount["path"]}
+            for mount in mounts
+            if mount["type"] == "zfs" and mount["source"] in names
+        ]
+    )
 
 
 def _mount(mounts):

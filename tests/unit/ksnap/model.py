@@ -2,7 +2,8 @@
 OpenZFS as far as a rollback uses it, in memory, with power cuts
 ================================================================
 
-Each command is made whole or not at all, as on a real pool. ``Zfs.cut_after`` counts the commands until the power goes.
+A command is made whole or not at all, as on a real pool, but for two: ``zfs clone -o`` makes the clone first, and then
+sets its properties; ``zfs set`` goes from dataset to dataset. ``Zfs.cut_after`` counts such steps until the power goes.
 """
 
 import itertools
@@ -30,7 +31,7 @@ class Zfs:
     def __init__(self):
         self.numbers = itertools.count(1000)
         self.datasets, self.mounted = {"tank": Dataset(1, "root")}, []
-        self.cut_after, self.fail_on, self.commands = None, None, []
+        self.cut_after, self.fail_on, self.commands, self.steps = None, None, [], 0
 
     # For the tests
 
@@ -68,12 +69,16 @@ class Zfs:
 
     # What it answers
 
-    def __call__(self, argv, stdin=None):
-        assert argv[0] == "zfs", argv
+    def step(self):
         if self.cut_after is not None:
             if self.cut_after == 0:
                 raise PowerCut
             self.cut_after -= 1
+        self.steps += 1
+
+    def __call__(self, argv, stdin=None):
+        assert argv[0] == "zfs", argv
+        self.step()
         self.commands.append(argv[1:])
         if self.fail_on and self.fail_on(argv):
             raise CommandExecutionError("it was told to fail")
@@ -195,8 +200,10 @@ class Zfs:
 
     def do_set(self, plain, options, flags):
         settings = [word for word in plain if "=" in word]
-        for name in (word for word in plain if "=" not in word):
+        for number, name in enumerate(word for word in plain if "=" not in word):
             self.find(name)
+            if number:
+                self.step()
             for setting in settings:
                 key, _, value = setting.partition("=")
                 assert len(value) < 8192
@@ -226,6 +233,7 @@ class Zfs:
             raise CommandExecutionError(f"cannot create '{name}': it exists")
         kind = self.find(snapshot.split("@")[0]).kind
         self.datasets[name] = Dataset(next(self.numbers), found.content, found.guid, kind)
+        self.step()
         self.datasets[name].local.update(option.split("=", 1) for option in options.get("-o", []))
 
     def do_promote(self, plain, options, flags):

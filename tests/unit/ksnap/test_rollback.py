@@ -1,4 +1,4 @@
-"""Rollback in a model of OpenZFS: the power is cut after every single command, and while what was left is finished."""
+"""Rollback in a model of OpenZFS: the power is cut after every single step, and while what was left is finished."""
 
 import contextlib
 import copy
@@ -140,17 +140,17 @@ def test_there_and_back_is_as_before(tmp_path):
 
 
 def count(kind):
-    """The number of commands of a whole run."""
+    """The number of steps of a whole run."""
 
     def commands(folder):
         zfs, members = rich()
         machine = Machine(zfs, folder)
         aside = machine.call("rollback", {"datasets": members}, "then")["aside"]
         if kind == "rollback":
-            return len(zfs.commands)
-        start = len(zfs.commands)
+            return zfs.steps
+        start = zfs.steps
         machine.call("restore_aside", aside)
-        return len(zfs.commands) - start
+        return zfs.steps - start
 
     return commands
 

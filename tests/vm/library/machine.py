@@ -7,8 +7,11 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
+import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 
@@ -138,6 +141,54 @@ class Machine:
         except PowerCut:
             return False
         return True
+
+    def copies_at(self, count, draw, method, *arguments, **options):
+        """Let ``method`` run to its end, and copy the disks meanwhile at ``count`` random moments.
+
+        Each copy is what a power cut at that moment leaves: one run shows what else takes as many machines. Moments are
+        counted in writes, as for ``kill_at``; how many there will be need not be known.
+
+        draw
+            A ``random.Random``.
+
+        Return what the method returned, and the copies in the order in which they were made: pairs of a number of
+        writes and a list of disk files, which ``add_disk`` takes.
+        """
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="copies-", dir=self.folder))
+        copies, begin, seen = [], self.writes(), 0
+        future = self.begin(method, *arguments, **options)
+        while not future.done():
+            time.sleep(0.003)
+            now = self.writes() - begin
+            # A reservoir: each write is kept as likely as any other.
+            chosen = {number if number < count else draw.randrange(number + 1) for number in range(seen, now)}
+            chosen = [place for place in chosen if place < count]
+            seen = now
+            if chosen:
+                copy = now, self._copy(folder / str(now))
+                for place in chosen:
+                    copies[place : place + 1] = [copy]
+        kept = dict(copies)
+        for place in folder.iterdir():
+            if int(place.name) not in kept:
+                shutil.rmtree(place)
+        return future.result(0), sorted(kept.items())
+
+    def _copy(self, folder):
+        """Copy the disks of the machine as they are this moment: with what it flushed, as when it is killed."""
+        folder.mkdir()
+        process = self._qemu.process.pid
+        paths = [folder / disk.name for disk in self.disks]
+        # Not QEMU's own pause: that writes everything down first.
+        os.kill(process, signal.SIGSTOP)
+        try:
+            while any(state_of(task) != "T" for task in pathlib.Path(f"/proc/{process}/task").iterdir()):
+                time.sleep(0.001)
+            for disk, path in zip(self.disks, paths, strict=True):
+                subprocess.run(["cp", "--reflink=auto", "--sparse=always", disk, path], check=True)
+        finally:
+            os.kill(process, signal.SIGCONT)
+        return paths
 
     def pause(self):
         """Let it stand still, as a machine that hangs."""
@@ -376,6 +427,11 @@ class Line:
 def device(number):
     """Return the device of a disk in a machine."""
     return f"/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_disk{number}"
+
+
+def state_of(task):
+    """Return what a thread does, as proc(5) has it: R, S, D, T."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def encoded(content):
