@@ -134,6 +134,7 @@ def be_create(name, source=None, snapshot=None, test=False):
                 words = [word for option in options for word in ("-o", option)]
                 _zfs("clone", *words, f"{dataset}@{snapshot}", clone)
                 made.append(clone)
+            _zfs("set", "mountpoint=/", target)
             kernels = be_check(name)["kernels"]
         except CommandExecutionError as error:
             for clone in reversed(made):
@@ -197,7 +198,8 @@ def be_activate(name, once=False, test=False):
     """
     Let a boot environment be the one that is booted from now on.
 
-    It is promoted, so that it depends on no other. The running one runs on until the machine is rebooted.
+    It is promoted, so that it depends on no other. The running one runs on until the machine is rebooted. What lies
+    below any environment has ``canmount=noauto`` from then on, or it would be mounted over that of another one.
 
     name
         (string) The environment.
@@ -219,7 +221,8 @@ def be_activate(name, once=False, test=False):
         salt '*' ksnap.be_activate before-upgrade once=True
     """
     with __salt__["ksnap.locked"]():
-        each = _one(name)
+        there = {each["name"]: each for each in be_list()}
+        each = _one(name, there)
         be_check(name)
         _refuse_fixed_root()
         pool = each["dataset"].split("/")[0]
@@ -232,6 +235,7 @@ def be_activate(name, once=False, test=False):
         }
         if test:
             return said
+        _keep_apart(each["dataset"] for each in there.values())
         if once:
             # What chooses the former one again runs in the one that is booted.
             with _looked_at(each, ()) as root:
@@ -475,6 +479,14 @@ def _family(dataset):
     return dict(sorted(found.items()))
 
 
+def _keep_apart(environments):
+    """Let nothing but the start of its own environment mount what lies below one, also below one not made here."""
+    shown = _zfs("list", "-H", "-r", "-t", "filesystem", "-o", "name,canmount", *environments)
+    names = [name for name, canmount in (line.split("\t") for line in shown.splitlines()) if canmount == "on"]
+    if names:
+        _zfs("set", "canmount=noauto", *names)
+
+
 def _options(top, has):
     found = [
         f"{key}={entry['value']}"
@@ -484,7 +496,9 @@ def _options(top, has):
     if has["type"]["value"] == "volume":
         return found
     if top:
-        return [*found, "canmount=noauto", "mountpoint=/"]
+        # Its last step gives it "/". Until then the start mounts nothing of it: OpenZFS sets what a clone is told only
+        # after it made it, and what a power cut leaves below would be mounted over that of the running environment.
+        return [*found, "canmount=noauto", "mountpoint=none"]
     if has["mountpoint"]["source"] == "local":
         found.append(f"mountpoint={has['mountpoint']['value']}")
     return [*found, f"canmount={'off' if has['canmount']['value'] == 'off' else 'noauto'}"]

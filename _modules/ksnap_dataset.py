@@ -150,7 +150,7 @@ def dataset_create(dataset, properties=None, services=None, test=False):
                 _finish(dataset, place, wanted)
             elif files:
                 _refuse_users(place)
-                _create(dataset, {**wanted, "canmount": "noauto", MOVING: place})
+                _create_unmounted(dataset, {**wanted, "canmount": "noauto", MOVING: place})
                 _move_in(dataset, place, said["kept"])
                 _finish(dataset, place, wanted)
             else:
@@ -194,6 +194,19 @@ def _create(dataset, properties):
     options = [word for key, value in properties.items() if key != "volsize" for word in ("-o", f"{key}={value}")]
     volume = ["-V", str(_bytes(properties["volsize"]))] if "volsize" in properties else []
     _zfs("create", *options, *volume, dataset)
+
+
+def _create_unmounted(dataset, properties):
+    # OpenZFS makes a dataset in one transaction group and sets its properties in later ones: what a power cut leaves in
+    # between, the next start would mount upon the files.
+    begun = f"{dataset}.ksnap-begun"
+    try:
+        _zfs("destroy", begun)
+    except CommandExecutionError as error:
+        if "does not exist" not in str(error):
+            raise
+    _create(begun, properties)
+    _zfs("rename", "-u", begun, dataset)
 
 
 def _place(dataset, properties):

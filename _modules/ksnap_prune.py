@@ -106,7 +106,8 @@ def prune_choice(snapshots, grid=None, count=None):
         (integer) How many of the newest are kept in any case; without a grid: the only ones. Default: none
 
     Returns a list of dicts in the same order: ``snapshot``, ``action`` (``keep`` or ``destroy``) and ``reasons`` (a
-    list of texts). The newest one, and what is held, cloned or needed by replication, is never destroyed.
+    list of texts). The newest one, and what is held, cloned or needed by replication, is never destroyed. A snapshot
+    that is not whole pushes out none that is: what would be kept if there were only whole ones is kept.
 
     Raises ``SaltInvocationError`` when neither is given, and for a wrong one.
 
@@ -116,14 +117,15 @@ def prune_choice(snapshots, grid=None, count=None):
         raise SaltInvocationError("Say what to keep: a grid, or a count, or both")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise SaltInvocationError(f"count must be a number of snapshots, at least 1, not {count!r}")
-    intervals = grid_kept(grid, [each["created"] for each in snapshots]) if grid is not None else []
+    wanted = _wanted(snapshots, grid, count)
+    if not all(map(_is_whole, snapshots)):
+        # After a power cut the newest may be on one pool only, and must not push out the last that is on all.
+        again = iter(_wanted(list(filter(_is_whole, snapshots)), grid, count))
+        for each, reasons in zip(snapshots, wanted, strict=True):
+            if _is_whole(each):
+                reasons += [f"{why}, of those that are whole" for why in next(again) if not reasons]
     chosen = []
-    for index, each in enumerate(snapshots):
-        rank, reasons = len(snapshots) - index, []
-        if rank <= (count or 1):
-            reasons.append("it is the newest" if rank == 1 else f"it is one of the {count} newest")
-        if intervals and intervals[index]:
-            reasons.append(f"it is the one for the age of {intervals[index]}")
+    for each, reasons in zip(snapshots, wanted, strict=True):
         reasons += [f"it is {why}" for why in __salt__["ksnap.kept_by"](each)]
         action = "keep" if reasons else "destroy"
         if not reasons:
@@ -132,6 +134,24 @@ def prune_choice(snapshots, grid=None, count=None):
             )
         chosen.append({"snapshot": each["snapshot"], "action": action, "reasons": reasons})
     return chosen
+
+
+def _wanted(snapshots, grid, count):
+    """For each snapshot the reasons of age and number to keep it."""
+    intervals = grid_kept(grid, [each["created"] for each in snapshots]) if grid is not None else []
+    found = []
+    for index in range(len(snapshots)):
+        rank, reasons = len(snapshots) - index, []
+        if rank <= (count or 1):
+            reasons.append("it is the newest" if rank == 1 else f"it is one of the {count} newest")
+        if intervals and intervals[index]:
+            reasons.append(f"it is the one for the age of {intervals[index]}")
+        found.append(reasons)
+    return found
+
+
+def _is_whole(snapshot):
+    return snapshot.get("whole", True)
 
 
 def prune(stack, grid=None, count=None, free=None, test=False):
@@ -201,7 +221,8 @@ def _wanted_free(free, size):
 
 
 def _free_more(pools, mine, chosen, free, count):
-    protected = {each["snapshot"] for each in mine[len(mine) - count :]}
+    whole = list(filter(_is_whole, mine))
+    protected = {each["snapshot"] for some in (mine, whole) for each in some[max(len(some) - count, 0) :]}
     for pool, datasets in pools.items():
         size, has = map(int, _zpool("list", "-H", "-p", "-o", "size,free", pool).split())
         wanted = _wanted_free(free, size)

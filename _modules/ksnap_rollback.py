@@ -10,6 +10,7 @@ all, is *aside*: ``<dataset>.aside-<id>``, never mounted at the start, listed by
 
 import datetime
 import getpass
+import itertools
 import json
 import os
 import re
@@ -71,7 +72,9 @@ def rollback(stack, snapshot, services=None, partial=False, test=False):
             raise CommandExecutionError(
                 "The stack has no datasets: " + (", ".join(found["outside"]) or "nothing") + "."
             )
-        name = __salt__["ksnap.snapshot_name"](stack, snapshot)
+        name = snapshot
+        if not (isinstance(snapshot, str) and __salt__["ksnap.parse_name"](snapshot)):
+            name = __salt__["ksnap.snapshot_name"](found, snapshot)
         snapshots = _snapshots(found["datasets"], name, partial)
         chosen = sorted(snapshots)
         family = _family(chosen)
@@ -79,29 +82,31 @@ def rollback(stack, snapshot, services=None, partial=False, test=False):
         identifier = _identifier()
         _refuse_length(family, identifier)
         plan = _plan("rollback", identifier, found["name"], name, services or found["services"], chosen, family)
-        for group in _groups(chosen):
-            top = group[0]
-            away = _away(top, identifier)
-            clones, promotions = [], []
-            for dataset in group:
-                old = away + dataset[len(top) :]
-                guid, _ = snapshots[dataset]
-                clones.append(["clone", f"{old}@{name}", dataset, _options(family[dataset]), guid])
-                # It takes the bookmarks up to the snapshot along.
-                promotions.append(["promote", dataset, old, name, guid])
-            # Apart: what a step looks at to see whether it was done, the one before has changed.
-            plan["stages"] += [[_renamed(top, away, family[top])], clones, promotions]
-            plan["stages"].append(_keep(family, group, chosen, top, away))
-        dress = []
+        for wave in _waves(chosen):
+            renames, steps = [], []
+            for group in wave:
+                top = group[0]
+                away = _away(top, identifier)
+                clones, promotions = [], []
+                for dataset in group:
+                    old = away + dataset[len(top) :]
+                    guid, _ = snapshots[dataset]
+                    clones.append(["clone", f"{old}@{name}", dataset, _options(family[dataset]), guid])
+                    # It takes the bookmarks up to the snapshot along.
+                    promotions.append(["promote", dataset, old, name, guid])
+                renames.append(_renamed(top, away, family[top]))
+                steps += [*clones, *promotions, *_keep(family, group, chosen, top, away)]
+            # Apart: until it is renamed, a dataset looks like its own clone, promoted.
+            plan["stages"] += [renames, steps]
+        dress, permissions = [], _permissions(chosen)
         for dataset in chosen:
             dress += _dress_aside(plan, dataset, _aside_name(dataset, chosen, identifier), family[dataset])
             reserved = {key: _size(family[dataset], key) for key in RESERVATIONS if _size(family[dataset], key) != "0"}
             if reserved:
                 dress.append(["set", [dataset], reserved, dict.fromkeys(reserved, "none")])
-            dress += [["allow", [*words, dataset]] for words in _permissions(dataset)]
+            dress += [["allow", [*words, dataset]] for words in permissions.get(dataset, [])]
         plan["forward"] = plan["back"]
-        plan["stages"] += [dress, _mountable(plan["back"]["canmount"])]
-        plan["stages"] = [stage for stage in plan["stages"] if stage]
+        plan["stages"].append([*dress, *_mountable(plan["back"]["canmount"])])
         said = {
             "aside": identifier,
             "snapshot": name,
@@ -191,7 +196,8 @@ def restore_aside(identifier, services=None, test=False):
         if services is None:
             services = _services(wanted["stack"])
         chosen = sorted(wanted["datasets"])
-        present = _existing(chosen)
+        origins = _origins()
+        present = {dataset for dataset in chosen if dataset in origins}
         family = _family([dataset for dataset in chosen if dataset in present])
         _refuse(sorted(present), family)
         former = _family(sorted(wanted["datasets"].values()))
@@ -207,21 +213,24 @@ def restore_aside(identifier, services=None, test=False):
             if record["canmount"]:
                 canmount[record["of"]] = record["canmount"]
         plan["forward"] = {"mounts": sorted(mounts, key=lambda mount: mount["path"])}
-        origins = _origins()
-        for group in _groups(chosen):
-            top, source = group[0], wanted["datasets"][group[0]]
-            away = _away(top, fresh)
-            if top in present:
-                plan["stages"].append([_renamed(top, away, family[top])])
-                _rename_in(origins, top, away)
-            promotions = []
-            for dataset in group:
-                promotions += _promotions(origins, top, dataset, source, away)
-            # One after the other: each promotion moves what the next one asks for.
-            plan["stages"] += [[step] for step in promotions]
-            plan["stages"].append([_renamed(source, top, former[source])])
-            _rename_in(origins, source, top)
-            plan["stages"].append(_keep(family, group, chosen, top, away))
+        promoted = []
+        for wave in _waves(chosen):
+            before, promotions, after, kept = [], [], [], []
+            for group in wave:
+                top, source = group[0], wanted["datasets"][group[0]]
+                away = _away(top, fresh)
+                if top in present:
+                    before.append(_renamed(top, away, family[top]))
+                    _rename_in(origins, top, away)
+                promotions += [_promotions(origins, top, dataset, source, away) for dataset in group]
+                after.append(_renamed(source, top, former[source]))
+                _rename_in(origins, source, top)
+                kept += _keep(family, group, chosen, top, away)
+            # Of one dataset one after the other: each promotion moves what the next one asks for.
+            turns = [[step for step in turn if step] for turn in itertools.zip_longest(*promotions)]
+            promoted += itertools.chain.from_iterable(turns)
+            plan["stages"] += [before, *turns, after, kept]
+        _name_by_guid(promoted)
         dress = []
         for dataset in chosen:
             if dataset in present:
@@ -236,7 +245,7 @@ def restore_aside(identifier, services=None, test=False):
                     {RECORD: before[RECORD]["value"], **dict.fromkeys(reserved, "none")},
                 ]
             )
-        plan["stages"] += [dress, _mountable(canmount)]
+        plan["stages"].append([*dress, *_mountable(canmount)])
         plan["stages"] = [stage for stage in plan["stages"] if stage]
         said = {
             "aside": fresh,
@@ -327,17 +336,6 @@ def _services(stack):
         return []
 
 
-def _existing(datasets):
-    found = []
-    for dataset in datasets:
-        try:
-            found.append(_zfs("list", "-H", "-o", "name", dataset).strip())
-        except CommandExecutionError as error:
-            if "does not exist" not in str(error):
-                raise
-    return found
-
-
 def _snapshots(datasets, name, partial):
     wanted = {f"{dataset}@{name}" for dataset in datasets}
     missing = set()
@@ -351,7 +349,9 @@ def _snapshots(datasets, name, partial):
                 raise
             wanted -= gone
             missing |= gone
-    if missing and not (partial and wanted):
+    if not wanted:
+        raise SaltInvocationError(f"The stack has no snapshot {name}; see ksnap.list.")
+    if missing and not partial:
         raise CommandExecutionError(
             f"There is no {', no '.join(sorted(missing))}. Take these datasets out of the stack, or leave them as they "
             "are with partial=True."
@@ -382,9 +382,9 @@ def _family(tops):
     return dict(sorted(found.items()))
 
 
-def _permissions(dataset):
-    """The words of ``zfs allow`` that give a dataset the permissions which another one has."""
-    section, found, here = None, [], False
+def _permissions(datasets):
+    """The words of ``zfs allow`` that give each dataset's permissions to another one."""
+    found = {}
     options = {
         "Local permissions:": ["-l"],
         "Descendent permissions:": ["-d"],
@@ -392,19 +392,26 @@ def _permissions(dataset):
         "Create time permissions:": ["-c"],
         "Permission sets:": ["-s"],
     }
-    for line in _zfs("allow", dataset).splitlines():
-        if line.startswith("----"):
-            here = line.split(" ")[3] == dataset
-        elif not line.startswith("\t"):
-            section = line.strip()
-        elif here:
-            words = line.split()
-            if section in ("Create time permissions:", "Permission sets:"):
-                found.append([*options[section], *words])
-            elif words[0] == "everyone":
-                found.append([*options[section], "-e", words[1]])
+    for dataset in datasets:
+        # It tells of all those above as well.
+        if any(each.startswith(f"{dataset}/") for each in datasets):
+            continue
+        here = section = None
+        told = {}
+        for line in _zfs("allow", dataset).splitlines():
+            if line.startswith("----"):
+                here = told.setdefault(line.split(" ")[3], [])
+            elif not line.startswith("\t"):
+                section = line.strip()
             else:
-                found.append([*options[section], {"user": "-u", "group": "-g"}[words[0]], words[1], words[2]])
+                words = line.split()
+                if section in ("Create time permissions:", "Permission sets:"):
+                    here.append([*options[section], *words])
+                elif words[0] == "everyone":
+                    here.append([*options[section], "-e", words[1]])
+                else:
+                    here.append([*options[section], {"user": "-u", "group": "-g"}[words[0]], words[1], words[2]])
+        found.update(told)
     return found
 
 
@@ -531,7 +538,7 @@ def _plan(kind, identifier, stack, snapshot, services, chosen, family):
     # Not mounted at the start of a machine that loses power now: half a stack must not be used.
     names = sorted(held["canmount"])
     noauto = [["set", names, {"canmount": "noauto"}, {"canmount": "on"}]] if names else []
-    plan["stages"] = [[["halt"]], noauto]
+    plan["stages"] = [[["halt"], *noauto]]
     return plan
 
 
@@ -551,14 +558,25 @@ def _is_legacy(name, family):
 
 
 def _groups(chosen):
-    """Datasets of the stack that hang together, each group with its top first; the deepest group first."""
+    """Datasets of the stack that hang together, each group with its top first."""
     groups = {}
     for dataset in sorted(chosen):
         top = dataset
         while top.rpartition("/")[0] in chosen:
             top = top.rpartition("/")[0]
         groups.setdefault(top, []).append(dataset)
-    return [groups[top] for top in sorted(groups, key=lambda name: (-name.count("/"), name))]
+    return [groups[top] for top in sorted(groups)]
+
+
+def _waves(chosen):
+    """The groups, those first that have no other one below them, then those that have only such, and so on."""
+    heights = {}
+    groups = _groups(chosen)
+    for group in reversed(groups):
+        below = [height for top, height in heights.items() if top.startswith(f"{group[0]}/")]
+        heights[group[0]] = max(below, default=-1) + 1
+    waves = [[group for group in groups if heights[group[0]] == height] for height in range(len(groups))]
+    return [wave for wave in waves if wave]
 
 
 def _away(top, identifier):
@@ -595,15 +613,17 @@ def _promotions(origins, top, dataset, source, away):
         owner, _, snapshot = origin.partition("@")
         if origin == "-" or not (owner == away or own.match(origin)):
             return steps
-        guid = _guid(origin, dataset, away)
-        steps.append(["promote", name, owner, snapshot, guid])
+        # Asked for its guid before anything is renamed.
+        steps.append(["promote", name, owner, snapshot, f"{dataset if owner == away else owner}@{snapshot}"])
         origins[name], origins[owner] = origins.get(owner, "-"), f"{name}@{snapshot}"
 
 
-def _guid(snapshot, dataset, away):
-    # Asked before anything is renamed.
-    owner, _, name = snapshot.partition("@")
-    return _zfs("get", "-H", "-p", "-o", "value", "guid", f"{dataset if owner == away else owner}@{name}").strip()
+def _name_by_guid(steps):
+    if steps:
+        shown = _zfs("list", "-H", "-p", "-t", "snapshot", "-o", "name,guid", *sorted({step[4] for step in steps}))
+        guids = dict(line.split("\t") for line in shown.splitlines())
+        for step in steps:
+            step[4] = guids[step[4]]
 
 
 def _dress_aside(plan, dataset, name, has):

@@ -52,7 +52,8 @@ def stack(stack):
     stack
         (string or dict) The name of a stack of the configuration (``ksnap:stacks``), or a stack itself: a dict of
         ``datasets`` and ``paths`` (lists; at least one of them), ``children`` (bool: everything below them too,
-        and what is mounted below the paths; default False), ``services``, ``before``, ``after``, ``timeout``.
+        and what is mounted below the paths; default False), ``services``, ``before``, ``after``, ``timeout``. What
+        this function has returned is a stack, too, and is not looked up again.
 
     Returns a dict: ``name`` (``None`` for one without), ``datasets`` (sorted, so parents come first), ``pools`` (a
     dict of each pool to its datasets), ``paths`` (a dict of each path to its dataset), ``outside`` (a sorted list of
@@ -68,6 +69,8 @@ def stack(stack):
         salt '*' ksnap.stack mail
         salt '*' ksnap.stack '{paths: [/srv/mail], children: true}'
     """
+    if isinstance(stack, dict) and "pools" in stack:
+        return stack
     name, declared = _declared(stack)
     children = declared.get("children", False)
     datasets, outside, paths = list(declared.get("datasets", [])), set(), {}

@@ -136,6 +136,61 @@ def test_a_snapshot_at_any_moment(room, draw):
 
 
 @ONE
+def test_files_move_into_a_dataset_at_any_moment(room, draw):
+    """A start after the power cut never hides them, and the next call moves them in, whole."""
+    machine = room.machine()
+    page = "mkdir -p /tank/www/sub; echo page > /tank/www/sub/page; zpool sync"
+    machine.sh(f"zpool create tank $1; {page}", *machine.devices)
+    create = machine.call, "ksnap.dataset_create", "tank/www", {"quota": "1G"}
+    _, copies = machine.copies_at(MOMENTS, draw, *create)
+    unplugged(machine)
+    wanted = {"datasets": [{"tank/www": {"quota": "1G"}}]}
+    for writes, copy in copies:
+        plugged(machine, copy, "tank")
+        found = machine.sh("zfs list -H -o name,mounted; ls /tank").stdout.split()
+        print(f"dataset_create after {writes} writes: {found}")
+        # Before the move, there as they were; in the middle of the renaming, beside it.
+        assert "page\n" in machine.sh("cat /tank/www/sub/page || cat /tank/www.before-*/sub/page").stdout
+        assert machine.state("ksnap.stack", "www", **wanted)["result"] is True
+        again = machine.state("ksnap.stack", "www", **wanted)
+        assert (again["result"], again["changes"]) == (True, {})
+        assert machine.run("findmnt", "-n", "-o", "SOURCE", "--mountpoint", "/tank/www").stdout == "tank/www\n"
+        assert machine.sh("cat /tank/www/sub/page /tank/www.before-*/sub/page").stdout == "page\npage\n"
+        found = machine.sh("ls -d /tank/www.before-* | wc -l; zfs list -H -o name").stdout.split()
+        assert found == ["1", "tank", "tank/www"]
+        unplugged(machine)
+
+
+@ONE
+def test_a_boot_environment_is_made_or_not_at_any_moment(room, draw):
+    """Nothing of one that is half made is mounted at the start, over what runs."""
+    machine = room.machine()
+    machine.sh(
+        """
+        zpool create -O mountpoint=none -O canmount=off tank $1; zfs create tank/ROOT
+        zfs create -o canmount=noauto -o mountpoint=/ tank/ROOT/old; zpool set bootfs=tank/ROOT/old tank
+        mount -t zfs -o zfsutil tank/ROOT/old /mnt; cd /mnt
+        mkdir -p boot lib/modules/6 var/lib/dpkg; touch boot/vmlinuz-6 var/lib/dpkg/status; cd /; umount /mnt
+        zfs create tank/ROOT/old/data; zfs create tank/ROOT/old/data/deep; zpool sync
+        """,
+        *machine.devices,
+    )
+    made, copies = machine.copies_at(MOMENTS, draw, machine.call, "ksnap.be_create", "new")
+    unplugged(machine)
+    for writes, copy in copies:
+        plugged(machine, copy, "tank")
+        # As the start does.
+        machine.sh("zfs mount -a")
+        mounted = [mount["source"] for mount in machine.call("ksnap.mounts") if mount["type"] == "zfs"]
+        there = machine.sh("zfs list -H -o name | grep ROOT/new || true").stdout.split()
+        print(f"be_create after {writes} writes: {there}")
+        assert mounted == ["tank/ROOT/old/data", "tank/ROOT/old/data/deep"]
+        if "new" in [each["name"] for each in machine.call("ksnap.be_list")]:
+            assert there == made["datasets"]
+        unplugged(machine)
+
+
+@ONE
 def test_the_start_finishes_what_a_power_cut_broke_off(room, draw):
     """Nobody calls anything: ``ksnap-recover.service``, which the rollback installed, does it before any service."""
     machine = room.machine()

@@ -140,6 +140,26 @@ def test_pruning_after_each_snapshot_leaves_no_hole(prune, gaps, grid):
             assert any(abs(time - each) <= 2 * longest for each in kept)
 
 
+def test_the_last_whole_one_is_not_pushed_out_by_a_half_one(prune):
+    """A power cut between two pools leaves a newest one that is on one of them only."""
+    snapshots = listed([0, 10, 20, 30])
+    snapshots[3]["whole"] = snapshots[1]["whole"] = False
+    chosen = prune.prune_choice(snapshots, count=1)
+    assert [each["action"] for each in chosen] == ["destroy", "destroy", "keep", "keep"]
+    assert chosen[2]["reasons"] == ["it is the newest, of those that are whole"]
+    chosen = prune.prune_choice(snapshots, grid="1x1h")
+    assert [each["action"] for each in chosen] == ["keep", "destroy", "keep", "keep"]
+
+
+@hypothesis.given(times=times, halves=strategies.sets(strategies.integers(0, 80)), grid=grids)
+@hypothesis.settings(deadline=None, max_examples=100)
+def test_half_ones_change_nothing_for_the_whole_ones(prune, times, halves, grid):
+    snapshots = [{**each, "whole": index not in halves} for index, each in enumerate(listed(times))]
+    kept = {each["snapshot"] for each in prune.prune_choice(snapshots, grid=grid) if each["action"] == "keep"}
+    whole = [each for each in snapshots if each["whole"]]
+    assert kept >= {each["snapshot"] for each in prune.prune_choice(whole, grid=grid) if each["action"] == "keep"}
+
+
 @pytest.mark.parametrize(
     ("free", "size", "wanted"), [("10%", 1000, 100), ("20G", 1, 20 * 2**30), ("1.5K", 1, 1536), (4096, 1, 4096)]
 )

@@ -78,6 +78,12 @@ class Machine:
         boot = image.boot(self.room.image, AUTO if self.on_zfs else None)
         self._switch_on(boot, template / "memory", incoming=template / "state")
         self._become(self.disks)
+        if self.on_zfs:
+            # Its root is a copy of a machine that had a checkout, and Salt was saved with the modules of that one.
+            self._line.expect_reboot()
+            with contextlib.suppress(PowerCut):
+                self.run("systemctl", "restart", "--no-block", "room.service")
+            self.wait_up()
 
     def boot(self, root=AUTO, timeout=BOOT):
         """Switch it on as real machines are: with the system as it was when it was switched off.
