@@ -15,7 +15,6 @@ import base64
 import contextlib
 import json
 import os
-import stat
 import subprocess
 import time
 import zlib
@@ -432,9 +431,13 @@ def _halt(plan):
             raise CommandExecutionError(f"The service {service} did not stop; see its log.")
     _unmount(plan["back"]["mounts"])
     for volume in plan["volumes"]:
-        users = _users(f"/dev/zvol/{volume}")
+        users = _users_of(f"/dev/zvol/{volume}")
         if users:
             raise CommandExecutionError(f"The volume {volume} is in use by {users}. Stop that, or name its service.")
+
+
+def _users_of(path):
+    return ", ".join(__salt__["ksnap.users"](path))
 
 
 def _unmount(mounts):
@@ -445,7 +448,7 @@ def _unmount(mounts):
                 _run("umount", mount["path"])
             except CommandExecutionError as error:
                 if time.monotonic() > end:
-                    users = _users(mount["path"])
+                    users = _users_of(mount["path"])
                     raise CommandExecutionError(
                         f"{mount['path']} ({mount['dataset']}) is busy"
                         + (
@@ -487,27 +490,6 @@ def _mounted(mount):
         each["type"] == "zfs" and (each["source"], each["path"]) == (mount["dataset"], mount["path"])
         for each in __salt__["ksnap.mounts"]()
     )
-
-
-def _users(path):
-    try:
-        seen = os.stat(path)
-    except OSError:
-        return ""
-    volume = stat.S_ISBLK(seen.st_mode)
-    found = []
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        links = [f"/proc/{process}/{name}" for name in ("cwd", "root", "exe")]
-        with contextlib.suppress(OSError):
-            links += [f"/proc/{process}/fd/{name}" for name in os.listdir(f"/proc/{process}/fd")]
-        for link in links:
-            with contextlib.suppress(OSError):
-                target = os.stat(link)
-                if (target.st_rdev if volume else target.st_dev) == (seen.st_rdev if volume else seen.st_dev):
-                    with open(f"/proc/{process}/comm", encoding="utf-8", errors="replace") as file:
-                        found.append(f"{file.read().strip()} (process {process})")
-                    break
-    return ", ".join(found)
 
 
 def _run(*words):

@@ -640,7 +640,13 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
         if s["held"] and s["name"] != wanted
     }
     for name in sorted({each["name"] for each in others} | partial):
-        __salt__["zfs_dr.run"](sides["target"], ["zfs", "release", "-r", tag, f"{base}@{name}"], code=True)
+        argv = ["zfs", "release", "-r", tag, f"{base}@{name}"]
+        code, _, errors = __salt__["zfs_dr.run"](sides["target"], argv, code=True)
+        # Replicas that came later do not have it, nor what was set aside.
+        wrong = [line for line in errors.splitlines() if not re.search("no such tag|does not exist", line)]
+        if code and wrong:
+            said = "\n".join(wrong)
+            raise CommandExecutionError(f"{' '.join(argv)} failed: {said}{__salt__['zfs_dr.advice'](said)}")
     _let_go(sides["source"], target, source, wanted)
     replicas = there["replicas"]
     known = {name: replicas.get(plan[name]["replica"], {}).get("origin_guid") for name in source}

@@ -12,43 +12,15 @@ On this machine and a disk, whose content is lost, in Salt's Python, with the mo
 """
 
 import argparse
-import os
-import pathlib
 import statistics
 import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+import machine
+
 GRID = "1x1h(keep=all) | 24x1h | 14x1d"
-# As tests/run does: when this process dies, the machine goes with it.
-ROOM = "unshare --mount --pid --fork --kill-child --mount-proc --propagation private -- /usr/bin/python3".split()
 processes = []  # what was run, and the seconds it took
-
-
-def in_a_machine(arguments):
-    """Run this file in a machine of the machine room."""
-    if os.environ.get("BENCH") != "inside":
-        os.execvpe(ROOM[0], [*ROOM, *sys.argv], {**os.environ, "BENCH": "inside", "PYTHONDONTWRITEBYTECODE": "1"})
-    sys.path.insert(0, str(ROOT))
-    from tests.vm.library import Room
-
-    with Room(arguments.release) as room:
-        machine = room.machine(size="8G")
-        machine.put("/root/bench.py", pathlib.Path(__file__).read_text())
-        words = ["--here", machine.devices[0], f"--turns={arguments.turns}", f"--growth-turns={arguments.growth_turns}"]
-        words += ["--datasets", *map(str, arguments.datasets), "--sets", *map(str, arguments.sets)]
-        script = 'exec /opt/salt-xmpp/bin/python3 -u /root/bench.py "$@" >/root/said 2>&1'
-        machine.put("/root/said", "")
-        running, shown = machine.begin(machine.sh, script, *words, timeout=3000, check=False), 0
-        while True:
-            ended = running.done()
-            said = machine.read("/root/said")
-            print(said[shown:], end="", flush=True)
-            shown = len(said)
-            if ended:
-                return running.result().returncode
-            time.sleep(5)
 
 
 def zfs(*words):
@@ -73,17 +45,6 @@ def count_processes():
         return done
 
     subprocess.run = counted
-
-
-def loaded():
-    """Return Salt's functions."""
-    import salt.config
-    import salt.loader
-
-    options = salt.config.minion_config("/etc/salt/minion")
-    options["file_client"] = "local"
-    options["grains"] = salt.loader.grains(options)
-    return salt.loader.minion_mods(options)
 
 
 def spread(values):
@@ -148,7 +109,7 @@ def growth(modules, what, sizes, grow, stack, turns):
 
 def here(arguments):
     count_processes()
-    modules = loaded()
+    modules = machine.salt_modules()
     print("Salt is loaded", flush=True)
     subprocess.run(["zpool", "create", "-f", "-O", "canmount=off", "bench", arguments.here], check=True)
     there = []
@@ -205,7 +166,11 @@ def main():
     parser.add_argument("--datasets", type=int, nargs="+", default=[10, 100, 500])
     parser.add_argument("--sets", type=int, nargs="+", default=[10, 100], help="snapshots, each of 100 datasets")
     arguments = parser.parse_args()
-    return here(arguments) if arguments.here else in_a_machine(arguments)
+    if arguments.here:
+        return here(arguments)
+    words = [f"--turns={arguments.turns}", f"--growth-turns={arguments.growth_turns}"]
+    words += ["--datasets", *map(str, arguments.datasets), "--sets", *map(str, arguments.sets)]
+    return machine.run(arguments.release, 1, words)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Machine:
                 module._run = self.run
         salt["ksnap.mounts"] = self.zfs.mounts
         salt["ksnap.boot_unit"] = lambda: None
+        salt["ksnap.users"] = lambda path: []
         self.salt = salt
 
     def run(self, *words):

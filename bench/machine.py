@@ -1,0 +1,50 @@
+"""Where a benchmark of OpenZFS runs: in a virtual machine of the tests' machine room, made for it."""
+
+import os
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# As tests/run does: when this process dies, the machine goes with it.
+ROOM = "unshare --mount --pid --fork --kill-child --mount-proc --propagation private -- /usr/bin/python3".split()
+
+
+def run(release, disks, words):
+    """Run this program in a machine with ``disks`` empty disks, as root and in Salt's Python; return its exit code.
+
+    words
+        Its arguments there, after ``--here`` and the disks.
+    """
+    if os.environ.get("BENCH") != "inside":
+        os.execvpe(ROOM[0], [*ROOM, *sys.argv], {**os.environ, "BENCH": "inside", "PYTHONDONTWRITEBYTECODE": "1"})
+    sys.path.insert(0, str(ROOT))
+    from tests.vm.library import Room
+
+    with Room(release) as room:
+        machine = room.machine(disks=disks, size="16G")
+        for file in (pathlib.Path(sys.argv[0]), pathlib.Path(__file__)):
+            machine.put(f"/root/bench/{file.name}", file.read_text())
+        script = 'exec /opt/salt-xmpp/bin/python3 -u /root/bench/$1 "${@:2}" >/root/said 2>&1'
+        machine.put("/root/said", "")
+        argv = [pathlib.Path(sys.argv[0]).name, "--here", *machine.devices, *words]
+        running, shown = machine.begin(machine.sh, script, *argv, timeout=3000, check=False), 0
+        while True:
+            ended = running.done()
+            said = machine.read("/root/said")
+            print(said[shown:], end="", flush=True)
+            shown = len(said)
+            if ended:
+                return running.result().returncode
+            time.sleep(5)
+
+
+def salt_modules():
+    """Return Salt's functions."""
+    import salt.config
+    import salt.loader
+
+    options = salt.config.minion_config("/etc/salt/minion")
+    options["file_client"] = "local"
+    options["grains"] = salt.loader.grains(options)
+    return salt.loader.minion_mods(options)
