@@ -43,6 +43,7 @@ end
 """
 DATASET = r"[A-Za-z][A-Za-z0-9_.:-]*(/[A-Za-z0-9_.:-]+)*"
 KNOWN = {"zfs_dr:dataset_guid": "origin_guid"}  # properties that target_listing has under another name
+GUARDS = {"readonly": "on", "canmount": "noauto", "mountpoint": "none"}  # of a replica; a volume is not mounted
 PRIVATE = ("zfs_dr:", "ksnap:", "keylocation", "mountpoint", "canmount", "readonly")
 
 
@@ -483,14 +484,13 @@ def set_aside(side, replica, snapshot, stamp=None):
 
 
 def _own_properties(zfs, replica):
-    # What a replica has, and a clone that takes its place must have.
+    # What a clone that takes a replica's place must have: its marks, and what keeps it from being written to or
+    # mounted, whatever somebody has set there.
     lines = zfs("get", "-Hp", "-s", "local,received", "-o", "property,value", "all", replica).splitlines()
-    properties = [line.split("\t") for line in lines]
-    return [
-        f"{name}={value}"
-        for name, value in properties
-        if name in ("readonly", "canmount", "mountpoint") or name.startswith("zfs_dr:")
-    ]
+    has = dict(line.split("\t", 1) for line in lines)
+    guards = {name: value for name, value in GUARDS.items() if name in has or name == "readonly"}
+    marks = {name: value for name, value in has.items() if name.startswith("zfs_dr:")}
+    return [f"{name}={value}" for name, value in {**guards, **marks}.items()]
 
 
 def _switch(zfs, replica, new, kept):
@@ -604,14 +604,14 @@ def _job(sides, target, stack, dataset, entry, replica, act, marks):
 def _marks(target, stack, entry, described):
     # What a replica has of its own.
     marks = {
-        "readonly": "on",
+        "readonly": GUARDS["readonly"],
         "zfs_dr:source": _machine(target),
         "zfs_dr:stack": stack,
         "zfs_dr:dataset_guid": str(entry["guid"]),
         "zfs_dr:properties": described,
     }
     if entry["type"] == "filesystem":
-        marks.update(canmount="noauto", mountpoint="none")
+        marks.update(GUARDS)
     return marks
 
 
