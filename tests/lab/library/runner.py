@@ -38,8 +38,7 @@ def run(argv):
         "-m",
         "pytest",
         "--config-file=tests/pytest.ini",
-        # A host's tests wait most of their time, so one more than there are processors keeps these busy.
-        f"--numprocesses={os.cpu_count() + 1}",
+        f"--numprocesses={os.cpu_count()}",
         *chosen,
         *rest,
     ]
