@@ -373,13 +373,15 @@ def config_replace(name, new, user="root", group="ejabberd", mode="0640", timeou
     try:
         _take(applied, timeout)
         if applied:
-            _require_listeners(found[new]["listen"])
+            _require_listeners(found[new]["listen"], applied, timeout)
     except CommandExecutionError as error:
         outcome = "There was no former file to go back to."
         if os.path.exists(former):
             _write(former, name)
             try:
-                _take("reload" if __salt__["ejabberd.status"]()["running"] else "restart", timeout)
+                back = "reload" if __salt__["ejabberd.status"]()["running"] else "restart"
+                _take(back, timeout)
+                _require_listeners(found[former]["listen"], back, timeout)
                 outcome = "The former file is back, and ejabberd runs with it."
             except CommandExecutionError as again:
                 outcome = f"The former file is back, but ejabberd does not run with it either: {again}"
@@ -390,8 +392,10 @@ def config_replace(name, new, user="root", group="ejabberd", mode="0640", timeou
     return {"applied": applied, "restart_options": options}
 
 
-def _require_listeners(wanted):
-    # ejabberd only logs it when it cannot listen somewhere, and goes on.
+def _require_listeners(wanted, applied, timeout):
+    # ejabberd only logs it when it cannot listen somewhere, and goes on. Where a listener's options change, it opens
+    # the new socket while the former one may still be closing, and tries again at the next reload only (24.12 to 26.07:
+    # config_reloaded in ejabberd_listener.erl).
     end = time.monotonic() + 5
     while missing := wanted - _listening(pwd.getpwnam(USER).pw_uid):
         if time.monotonic() > end:
@@ -399,6 +403,8 @@ def _require_listeners(wanted):
                 f"It does not listen at {', '.join(sorted(missing))}. Has another program the port (ss -lntup)?"
             )
         time.sleep(0.1)
+        if applied == "reload":
+            _take(applied, timeout)
 
 
 def _listening(uid):

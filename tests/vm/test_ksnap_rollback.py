@@ -271,7 +271,8 @@ def test_services_are_stopped_and_started_in_order(tank):
     assert tank.read("/srv/log").split() == ["-one", "-two", "+two", "+one"]
     # One that does not start again is told, and the datasets stay where they are.
     tank.sh(
-        "rm /srv/log; sed -i 's/ExecStart=.*/ExecStart=false/' /etc/systemd/system/one.service; systemctl daemon-reload"
+        "rm /srv/log; sed -i 's/^ExecStart=/ExecStartPre=false\\n&/' /etc/systemd/system/one.service; "
+        "systemctl daemon-reload"
     )
     with pytest.raises(CommandExecutionError, match="in place and mounted, but these services did not start: one"):
         tank.call("ksnap.restore_aside", done["aside"], services=["one", "two"])

@@ -4,6 +4,8 @@ import os
 import pathlib
 import socket
 import subprocess
+import threading
+import time
 
 import pytest
 from salt.exceptions import CommandExecutionError
@@ -200,6 +202,31 @@ def test_a_configuration_that_the_server_does_not_run_with_goes_back(states, con
     assert CONFIGURATION.read_bytes() == before
     assert running() == seen
     assert not FORMER.exists()
+
+
+def test_a_listener_whose_former_socket_is_late_to_close_is_opened_all_the_same(states, configured, logged):
+    with socket.socket() as late:
+        late.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        late.bind(("127.0.0.1", 5297))
+        late.listen()
+
+        def close():
+            end = time.monotonic() + 60
+            while "Failed to open socket" not in logged() and time.monotonic() < end:
+                pass
+            late.close()
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        process = pid()
+        ret = states.ejabberd.config(**configured(other_port=5297))
+        closing.join()
+    assert ret.result is True, ret.comment
+    assert ret.changes.get("ejabberd") == "reloaded"
+    assert "Failed to open socket" in logged()
+    assert pid() == process
+    with socket.create_connection(("127.0.0.1", 5297), timeout=5):
+        pass
 
 
 def test_a_change_that_was_broken_off_is_finished(states, configured):
