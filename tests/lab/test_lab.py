@@ -88,6 +88,13 @@ def test_every_address_and_name_reaches(lab, bare, other, container):
     subprocess.run(["ping", "-c1", "-W1", "example.org"], check=True, capture_output=True)
 
 
+def test_a_host_made_anew_is_reached_at_once(lab, debian, bare):
+    for _ in range(2):
+        host = lab.host("again.example.org", addresses=["192.0.2.79", "2001:db8::79"], layers=debian)
+        assert pings(bare, host.address)
+        host.destroy()
+
+
 def test_nothing_outside_is_reached(bare):
     routes = subprocess.run(["ip", "-o", "route"], capture_output=True, text=True, check=True).stdout
     assert {line.split()[2] for line in routes.splitlines()} == {"lab"}

@@ -1,6 +1,7 @@
 """One Debian host: systemd-nspawn on an overlay, with its own network namespace and cgroup."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import pathlib
@@ -304,9 +305,11 @@ class Host:
         subprocess.run(["mount", "-t", "overlay", f"lab-{self.name}", "-o", layers, str(self.root)], check=True)
 
     def _connect(self):
+        # As a machine keeps its card: who knows the address from a host that was there before reaches this one at once.
+        mac = "02:" + hashlib.sha256(self.address.encode()).digest()[:5].hex(":")
         commands = [
             f"netns add {self._namespace}",
-            f"link add {self._link} type veth peer name eth0 netns {self._namespace}",
+            f"link add {self._link} type veth peer name eth0 address {mac} netns {self._namespace}",
         ]
         commands += [f"link set {self._link} master lab"]
         inside = ["link set lo up"]
