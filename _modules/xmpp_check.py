@@ -795,8 +795,10 @@ def _upload(report, place, domain, session, files):
 
 
 def _refused(status):
+    cannot = "is there disk space, may ejabberd write the uploads?"
     return {
         404: f"nginx must hand /upload on to ejabberd with the Host header: {NGINX}",
         413: f"nginx's client_max_body_size must not be below xmpp:ejabberd:upload:max_size: {NGINX}",
-        502: f"nginx does not reach ejabberd's HTTP listener: {EJABBERD}",
-    }.get(status, f"is there disk space, may ejabberd write the uploads? {EJABBERD}; {NGINX}")
+        # ejabberd closes the connection on a file that it cannot store, at times before nginx has sent all of it.
+        502: f"nginx does not reach ejabberd's HTTP listener, or ejabberd broke it off: {cannot} {EJABBERD}",
+    }.get(status, f"{cannot} {EJABBERD}; {NGINX}")
