@@ -273,13 +273,15 @@ def _forward(plan, start, doubtful):
             # The machine's start, or somebody, may have mounted meanwhile what is about to be moved.
             _halt(plan)
             _unmount_strays(plan)
+            # Children first: to set a mountpoint mounts what is below it, unless canmount says no.
+            for step in reversed(plan["stages"][start]):
+                if step[0] == "clone" and _is_done(step):
+                    _complete(*step[2:4])
         for stage in range(start, len(plan["stages"])):
             if stage != start:
                 _position(plan, "forward", stage)
             for step in plan["stages"][stage]:
-                if doubtful and stage == start and _is_done(step):
-                    _complete(step)
-                else:
+                if not (doubtful and stage == start and _is_done(step)):
                     _do(plan, step, fresh)
         _finish(plan, "forward")
     except CommandExecutionError as error:
@@ -388,11 +390,10 @@ def _do(plan, step, fresh):
         _set(words[0], words[1])
 
 
-def _complete(step):
-    kind, *words = step
-    if kind == "clone" and words[2]:
-        # OpenZFS makes the clone in one transaction group, and sets its properties in the next ones.
-        _zfs("set", *words[2], words[1])
+def _complete(clone, options):
+    # OpenZFS makes the clone in one transaction group, and sets its properties in the next ones.
+    if options:
+        _zfs("set", *options, clone)
 
 
 def _undo(step):

@@ -1,9 +1,15 @@
 """One machine for all tests of a file, with fresh pools for each: a machine for each would cost more than the tests."""
 
+import os
+import random
+
 import pytest
 
 # On an emulated processor a test takes ten seconds: most run on one release, and those that show most on the other too.
 ONE = pytest.mark.parametrize("debian", ["trixie"], indirect=True)
+# At how many moments a test cuts the power, and what draws them; see tests/README.md.
+MOMENTS = int(os.environ.get("POWER_CUTS") or 2)
+SEED = int(os.environ.get("POWER_SEED") or random.randrange(2**32))
 MAIL = {"name": "mail", "datasets": ["tank/mail", "tank/db"], "children": True}
 CONFIG = {"ksnap": {"stacks": {"mail": {"datasets": ["tank/mail", "tank/db"], "children": True}}}}
 DATASETS = ["tank/db", "tank/mail", "tank/mail/queue", "tank/mail/vol"]
@@ -35,6 +41,13 @@ def fresh(lasting):
         lasting.start()
     lasting.sh(CLEAN, *lasting.devices)
     return lasting
+
+
+@pytest.fixture
+def draw():
+    """What draws a test's moments."""
+    print(f"POWER_SEED={SEED}")
+    return random.Random(SEED)
 
 
 @pytest.fixture

@@ -4,15 +4,8 @@ Each operation runs once, while its disks are copied: each copy is what a power 
 environment variable ``POWER_CUTS`` says how many moments (20 by hand; else a few), ``POWER_SEED`` draws them again.
 """
 
-import os
-import random
+from .ksnap import MOMENTS, ONE, bring
 
-import pytest
-
-from .ksnap import ONE, bring
-
-MOMENTS = int(os.environ.get("POWER_CUTS") or 2)
-SEED = int(os.environ.get("POWER_SEED") or random.randrange(2**32))
 STACK = {"name": "mail", "datasets": ["tank/mail", "tank/mail/queue", "tank/db"]}
 MEMBERS = STACK["datasets"]
 TANK = """
@@ -29,12 +22,6 @@ zfs snapshot -r tank/mail@newer; zfs clone tank/mail@newer tank/newclone
 echo later > /srv/mail/later
 zpool sync
 """
-
-
-@pytest.fixture
-def draw():
-    print(f"POWER_SEED={SEED}")
-    return random.Random(SEED)
 
 
 def plugged(machine, copy, *pools):
@@ -107,6 +94,32 @@ def test_a_rollback_and_the_way_back_at_any_moment(room, draw):
             (then,) = machine.call("ksnap.list", STACK)
             assert then["whole"]
             unplugged(machine)
+
+
+@ONE
+def test_a_rollback_between_a_clone_and_its_properties(room):
+    """OpenZFS makes them in two transactions: the start mounts a clone that should not be."""
+    machine = room.machine()
+    machine.sh(TANK, machine.devices[0])
+    machine.call("ksnap.snapshot", STACK, label="then")
+    machine.sh(NEWER)
+    _, mounts = facts(machine)
+    machine.put(
+        "/opt/cut/zfs",
+        """#!/bin/sh
+        [ "$1 $4 $5" = "clone $4 tank/mail/queue" ] || exec /usr/sbin/zfs "$@"
+        /usr/sbin/zfs clone "$4" "$5" && kill -9 $PPID
+        """,
+        mode=0o755,
+    )
+    call = ["/opt/salt-xmpp/bin/salt-call", "--local", "ksnap.rollback", str(STACK), "then"]
+    assert machine.run("env", "PATH=/opt/cut:/usr/sbin:/usr/bin", *call, check=False).returncode == -9
+    unplugged(machine)
+    machine.sh("zpool import tank; zfs mount -a; findmnt /srv/mail/queue && ! findmnt /srv/mail")
+    (done,) = machine.call("ksnap.recover", services=False)
+    assert done["outcome"] == "finished"
+    assert sides(machine) == ["then"] * 3 and facts(machine)[1] == mounts
+    aside_is_whole(machine, "now")
 
 
 @ONE

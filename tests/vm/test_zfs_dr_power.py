@@ -5,18 +5,14 @@ environment variable ``POWER_CUTS`` says how many moments (20 by hand; else 2), 
 """
 
 import contextlib
-import os
-import random
 
 import pytest
 from salt.exceptions import CommandExecutionError
 
-from .ksnap import CLEAN, ONE, bring
+from .ksnap import CLEAN, MOMENTS, ONE, SEED, bring
 from .zfs_dr import VAULT, guids, holds, replicate, snapshots, write
 
 pytestmark = ONE
-COUNT = int(os.environ.get("POWER_CUTS") or 2)
-SEED = int(os.environ.get("POWER_SEED") or random.randrange(2**32))
 LAST = "/var/lib/zfs_dr/vault-web.last"
 
 
@@ -46,8 +42,7 @@ def moments(copies, draw):
     return [*both, *(("source", *pair) for pair in pairs), *(("target", *reversed(pair)) for pair in pairs)]
 
 
-def test_replicate_is_cut_at_any_write(here):
-    draw = random.Random(SEED)
+def test_replicate_is_cut_at_any_write(here, draw):
     first, second = replicate(here, take=True), replicate(here, take=True)
     # One that goes on, one to be set aside, one renamed, one new: all that a replication can do.
     write(here, "more")
@@ -57,7 +52,7 @@ def test_replicate_is_cut_at_any_write(here):
         """)  # fmt: skip
     stack = {"name": "web", "datasets": ["tank/web", "tank/db", "tank/mail", "tank/new"]}
     last = here.read(LAST)
-    third, copies = here.copies_at(COUNT, draw, here.call, "zfs_dr.replicate", stack, VAULT, take=True)
+    third, copies = here.copies_at(MOMENTS, draw, here.call, "zfs_dr.replicate", stack, VAULT, take=True)
     assert third["aside"] and "renamed" in third["datasets"]["tank/db"]["why"]
     here.sh(CLEAN, *here.devices[:2])
     for cut, (at, (source, _)), (then, (_, target)) in moments(copies, draw):
@@ -90,8 +85,7 @@ def equal(machine, snapshot, stack):
     return guids(machine, *(f"{name}@{snapshot}" for name in names)) == guids(machine, *there)
 
 
-def test_a_promotion_is_cut_at_any_write(here):
-    draw = random.Random(SEED)
+def test_a_promotion_is_cut_at_any_write(here, draw):
     first = replicate(here, take=True)
     write(here, "lost", "30K")
     # The next set had come half way: one dataset is beyond the whole set, one is on its way, one was not begun.
@@ -105,7 +99,7 @@ def test_a_promotion_is_cut_at_any_write(here):
         first["snapshot"],
     )
     arguments = ["zfs_dr.recover", "backup/dr", "web", "/mnt/serves", "promote"]
-    done, copies = here.copies_at(COUNT, draw, here.call, *arguments, silence=0)
+    done, copies = here.copies_at(MOMENTS, draw, here.call, *arguments, silence=0)
     assert done["snapshot"] == first["snapshot"]
     here.sh(CLEAN, *here.devices[:2])
     for writes, (source, target) in copies:
