@@ -399,15 +399,20 @@ def _hold(side, datasets, snapshot, tag, verb="hold"):
     for members in pools.values():
         if side is None and len(members) > 1:
             top = os.path.commonpath(members)
-            code, _, errors = __salt__["zfs_dr.run"](side, ["zfs", verb, "-r", tag, f"{top}@{snapshot}"], code=True)
+            code, *_ = __salt__["zfs_dr.run"](side, ["zfs", verb, "-r", tag, f"{top}@{snapshot}"], code=True)
             if not code:
                 continue
         argv = ["zfs", verb, tag, *(f"{dataset}@{snapshot}" for dataset in members)]
-        code, _, errors = __salt__["zfs_dr.run"](side, argv, code=True)
-        wrong = [line for line in errors.splitlines() if "tag already exists" not in line and "no such tag" not in line]
-        if code and wrong:
-            said = "\n".join(wrong)
-            raise CommandExecutionError(f"{' '.join(argv)[:300]} failed: {said}{__salt__['zfs_dr.advice'](said)}")
+        _run_but(side, argv, "tag already exists|no such tag")
+
+
+def _run_but(side, argv, harmless):
+    """Run a command; of what it complains of, lines with ``harmless`` (a pattern) are no failure."""
+    code, _, errors = __salt__["zfs_dr.run"](side, argv, code=True)
+    wrong = [line for line in errors.splitlines() if not re.search(harmless, line)]
+    if code and wrong:
+        said = "\n".join(wrong)
+        raise CommandExecutionError(f"{' '.join(argv)[:300]} failed: {said}{__salt__['zfs_dr.advice'](said)}")
 
 
 def _now():
@@ -531,9 +536,7 @@ def mend(side, base, there):
             zfs("rename", "-u", f"{base}/{name}", replica)
         elif entry["origin"] and entry["origin"].startswith(f"{replica}@"):
             # A cut may come between a clone and its properties: OpenZFS sets them after it was made.
-            pairs = _own_properties(zfs, replica)
-            if pairs:
-                zfs("set", *pairs, f"{base}/{name}")
+            zfs("set", *_own_properties(zfs, replica), f"{base}/{name}")
             _switch(zfs, replica, f"{base}/{name}", kept)
         else:
             zfs("rename", "-u", replica, kept)
@@ -640,13 +643,8 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
         if s["held"] and s["name"] != wanted
     }
     for name in sorted({each["name"] for each in others} | partial):
-        argv = ["zfs", "release", "-r", tag, f"{base}@{name}"]
-        code, _, errors = __salt__["zfs_dr.run"](sides["target"], argv, code=True)
         # Replicas that came later do not have it, nor what was set aside.
-        wrong = [line for line in errors.splitlines() if not re.search("no such tag|does not exist", line)]
-        if code and wrong:
-            said = "\n".join(wrong)
-            raise CommandExecutionError(f"{' '.join(argv)} failed: {said}{__salt__['zfs_dr.advice'](said)}")
+        _run_but(sides["target"], ["zfs", "release", "-r", tag, f"{base}@{name}"], "no such tag|does not exist")
     _let_go(sides["source"], target, source, wanted)
     replicas = there["replicas"]
     known = {name: replicas.get(plan[name]["replica"], {}).get("origin_guid") for name in source}

@@ -205,13 +205,17 @@ def discard_aside(name):
 
 
 def _release_all(dataset):
-    argv = ["zfs", "list", "-Hp", "-t", "snapshot", "-d", "1", "-o", "name,userrefs", dataset]
+    for snapshot, tag in _holds([dataset]):
+        if tag.startswith("zfs_dr:"):
+            __salt__["ksnap.command"](["zfs", "release", tag, snapshot])
+
+
+def _holds(datasets):
+    """The holds on the datasets' own snapshots, each a snapshot and its tag."""
+    argv = ["zfs", "list", "-Hp", "-t", "snapshot", "-d", "1", "-o", "name,userrefs", *datasets]
     held = [line.split("\t")[0] for line in __salt__["ksnap.command"](argv).splitlines() if not line.endswith("\t0")]
-    if held:
-        for line in __salt__["ksnap.command"](["zfs", "holds", "-H", *held]).splitlines():
-            snapshot, tag = line.split("\t")[:2]
-            if tag.startswith("zfs_dr:"):
-                __salt__["ksnap.command"](["zfs", "release", tag, snapshot])
+    lines = __salt__["ksnap.command"](["zfs", "holds", "-H", *held]).splitlines() if held else []
+    return [line.split("\t")[:2] for line in lines]
 
 
 def release_asides(datasets, tag, test=False):
@@ -239,11 +243,7 @@ def release_asides(datasets, tag, test=False):
     names = [name for each in __salt__["ksnap.aside"]() for of, name in each["datasets"].items() if of in datasets]
     if not names:
         return []
-    argv = ["zfs", "list", "-Hp", "-d", "1", "-t", "snapshot", "-o", "name,userrefs", *names]
-    held = [line.split("\t")[0] for line in __salt__["ksnap.command"](argv).splitlines() if not line.endswith("\t0")]
-    if held:
-        lines = __salt__["ksnap.command"](["zfs", "holds", "-H", *held]).splitlines()
-        held = [line.split("\t")[0] for line in lines if line.split("\t")[1] == tag]
+    held = [snapshot for snapshot, its in _holds(names) if its == tag]
     if held and not test:
         __salt__["ksnap.command"](["zfs", "release", tag, *held])
     return held
