@@ -284,8 +284,7 @@ def replicate(stack, target, snapshot=None, full=False, take=False):
             sides = __salt__["zfs_dr.connect"](target)
             try:
                 with _locked_there(sides["target"], target, name):
-                    done = None if snapshot else _unchanged(sides, target, name, datasets)
-                    done = done or _replicate(sides, target, name, datasets, snapshot, full)
+                    done = _brought(sides, target, name, datasets, snapshot, full, take)
             finally:
                 __salt__["zfs_dr.disconnect"](sides)
         except (CommandExecutionError, SaltInvocationError) as error:
@@ -305,14 +304,17 @@ def replicate(stack, target, snapshot=None, full=False, take=False):
     return done
 
 
-def _unchanged(sides, target, stack, datasets):
+def _brought(sides, target, stack, datasets, snapshot, full, take):
     # What was noted at the end of the last one says that it came to its end, with all that is held and let go then.
     last = _read(_path(target, stack, "last"))
+    if full or (snapshot and not take) or last.get("error") or not last.get("snapshot"):
+        return _replicate(sides, target, stack, datasets, snapshot, full)
     names = _names(target, datasets)
-    if last.get("error") or not last.get("snapshot"):
-        return None
-    if not __salt__["zfs_dr.unchanged"](sides, target["dataset"], stack, names, last["snapshot"]):
-        return None
+    source, there = __salt__["zfs_dr.since"](
+        sides, target["dataset"], stack, names, last["snapshot"], brief=not take
+    )
+    if not there or take or __salt__["zfs_dr.newest_set"](source) != last["snapshot"]:
+        return _replicate(sides, target, stack, datasets, snapshot, full, source if take else None, there)
     still = {"why": "already there", "bytes": 0, "seconds": 0.0}
     return {
         "snapshot": last["snapshot"],
@@ -324,11 +326,13 @@ def _unchanged(sides, target, stack, datasets):
     }
 
 
-def _replicate(sides, target, stack, datasets, snapshot, full):
+def _replicate(sides, target, stack, datasets, snapshot, full, source=None, there=None):
     base = target["dataset"]
     names = _names(target, datasets)
-    source, there = __salt__["zfs_dr.listings"](sides, datasets, base)
-    there = mend(sides["target"], base, there)
+    if not there:
+        source, there = __salt__["zfs_dr.listings"](sides, datasets, base)
+        there = mend(sides["target"], base, there)
+    source = source or __salt__["zfs_dr.source_listing"](sides["source"], datasets)
     wanted = snapshot or __salt__["zfs_dr.newest_set"](source)
     if not wanted:
         raise CommandExecutionError(

@@ -434,6 +434,21 @@ def _source_argv(datasets):
     return ["zfs", "list", "-Hp", "-d", "1", "-t", "filesystem,volume,snapshot,bookmark", "-o", SOURCE, *datasets]
 
 
+def _names_argv(datasets):
+    # These three columns ZFS has without opening each snapshot.
+    return ["zfs", "list", "-Hp", "-d", "1", "-t", "snapshot", "-o", "name,guid,createtxg", *datasets]
+
+
+def _names_read(text, datasets):
+    found = {name: {"snapshots": []} for name in datasets}
+    for line in text.splitlines():
+        name, guid, group = line.split("\t")
+        dataset, _, mark = name.partition("@")
+        if dataset in found:
+            found[dataset]["snapshots"].append({"name": mark, "guid": int(guid), "createtxg": int(group)})
+    return found
+
+
 def _source_read(text, datasets):
     found = {}
     wanted = set(datasets)
@@ -502,7 +517,7 @@ def target_listing(side, base):
     return _target_read(_output(side, argv, _process(words(side, argv))), base)
 
 
-def listings(sides, datasets, base):
+def listings(sides, datasets, base, since=None, brief=False):
     """
     List both sides at the same time.
 
@@ -512,6 +527,11 @@ def listings(sides, datasets, base):
         (list of strings) The source's datasets.
     base
         (string) The dataset at the target that the replicas are children of.
+    since
+        (string) The name of a set: then of the replicas there is, in place of their snapshots, ``since`` (bytes
+        written since that set, or ``None`` where they lack it). Default: none.
+    brief
+        (bool) Of the source, list snapshots only, by ``name``, ``guid`` and ``createtxg``. Default: False.
 
     Returns a list of two: what :func:`source_listing` and :func:`target_listing` return, and raises as they do.
 
@@ -521,22 +541,28 @@ def listings(sides, datasets, base):
 
         salt '*' zfs_dr.listings '{source: null, target: null}' '[tank/web]' backup/web1
     """
-    asked = [(sides["source"], _source_argv(datasets)), (sides["target"], _target_argv(base))]
+    of_source = _names_argv(datasets) if brief else _source_argv(datasets)
+    asked = [(sides["source"], of_source), (sides["target"], _target_argv(base, since))]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         done = list(pool.map(_process, [words(side, argv) for side, argv in asked]))
     source, there = (_output(side, argv, each) for (side, argv), each in zip(asked, done, strict=True))
-    return [_source_read(source, datasets), _target_read(there, base)]
+    return [(_names_read if brief else _source_read)(source, datasets), _target_read(there, base, since)]
 
 
-def _target_argv(base):
-    return ["zfs", "list", "-Hp", "-d", "2", "-t", "filesystem,volume,snapshot", "-o", ",".join(TARGET), base]
+def _target_columns(since):
+    return [*TARGET, f"written@{since}"] if since else TARGET
 
 
-def _target_read(text, base):
-    listing = {"base": {}, "sets": [], "replicas": {}}
+def _target_argv(base, since=None):
+    depth, columns = "1" if since else "2", ",".join(_target_columns(since))
+    return ["zfs", "list", "-Hp", "-d", depth, "-t", "filesystem,volume,snapshot", "-o", columns, base]
+
+
+def _target_read(text, base, since=None):
+    listing, columns = {"base": {}, "sets": [], "replicas": {}}, _target_columns(since)
     for line in text.splitlines():
         values = [None if value == "-" else value for value in line.split("\t")]
-        row = {key.rpartition(":")[2]: value for key, value in zip(TARGET, values, strict=True)}
+        row = {key.rpartition(":")[2]: value for key, value in zip(columns, values, strict=True)}
         dataset, _, snapshot = row["name"].partition("@")
         made = {
             "name": snapshot,
@@ -571,6 +597,8 @@ def _target_read(text, base):
                 written=_number(row["written"] or ""),
                 referenced=_number(row["referenced"] or ""),
             )
+            if since:
+                entry["since"] = row[columns[-1]] and _number(row[columns[-1]])
     for entry in [*listing["replicas"].values(), {"snapshots": listing["sets"]}]:
         entry["snapshots"].sort(key=lambda each: each["createtxg"])
     return listing

@@ -41,6 +41,16 @@ def test_a_full_then_incremental_ones_then_nothing(here):
     # A third bookmark makes the first one go.
     fourth = replicate(here, take=True)
     assert snapshots(here, "tank/mail", "bookmark") == [f"zfs_dr-vault-{r['snapshot']}" for r in (second, fourth)]
+    # That nobody touched the replicas is seen without a list of their snapshots.
+    sides, names = {"source": None, "target": None}, dict(zip(STACK["datasets"], REPLICAS, strict=True))
+    _, there = here.call("zfs_dr.since", sides, "backup/dr", "web", names, fourth["snapshot"])
+    assert [len(there["replicas"][name]["snapshots"]) for name in REPLICAS] == [1, 1, 1]
+    # Nor is a snapshot that somebody took of one in the way, with nothing in it.
+    here.run("zfs", "snapshot", "backup/dr/tank:mail@mine")
+    write(here, "fifth")
+    fifth = replicate(here, take=True)
+    assert fifth["aside"] == [] and same(here, fifth["snapshot"])
+    assert snapshots(here, "backup/dr/tank:mail")[-2:] == ["mine", fifth["snapshot"]]
 
 
 @ONE

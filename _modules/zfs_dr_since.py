@@ -1,0 +1,82 @@
+"""
+What has changed since the last replication, found out cheaply
+==============================================================
+
+ZFS opens a replica, which is not mounted, anew for each of its snapshots that it is to list: with years of them that
+takes longer than to send what is new. So, where the last replication came to its end, the target is asked only what is
+needed to see that it is as it was then.
+"""
+
+import hashlib
+import json
+
+__virtualname__ = "zfs_dr"
+
+
+def __virtual__():
+    return __virtualname__
+
+
+def digest(stack, guids):
+    """
+    Tell what marks a set as whole at the target: a checksum over what is in it.
+
+    stack
+        (string) The stack's name.
+    guids
+        (dict) Name of the replica to the guid of its snapshot.
+
+    Returns text of 32 hex digits.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.digest web '{tank:web: 1234}'
+    """
+    members = sorted([replica, str(guid)] for replica, guid in guids.items())
+    return hashlib.sha256(json.dumps([stack, members]).encode()).hexdigest()[:32]
+
+
+def since(sides, base, stack, names, snapshot, brief=True):
+    """
+    Tell what there is at the source since a set became whole at the target, and whether the target is still as then.
+
+    sides
+        (dict) As :func:`zfs_dr_side.connect` returns it.
+    base
+        (string) The dataset at the target that the replicas are children of.
+    stack
+        (string) The stack's name.
+    names
+        (dict) Dataset to the name of its replica.
+    snapshot
+        (string) The set that was replicated last.
+    brief
+        (bool) List the source only as far as that takes. Default: True.
+
+    Returns a list of two: what :func:`zfs_dr_side.source_listing` returns (or its brief form), and what
+    :func:`zfs_dr_side.target_listing` returns, but of the replicas' snapshots only that of the set. In place of the
+    second there is ``None``, and one has to look closer, unless the set is whole at the target, and no replica was
+    written to or promoted since, or is half way to another set.
+
+    Raises ``CommandExecutionError`` when a dataset or the base does not exist.
+
+    CLI Example: none; :func:`zfs_dr.replicate` begins with it.
+    """
+    source, there = __salt__["zfs_dr.listings"](sides, list(names), base, since=snapshot, brief=brief)
+    guids = {
+        names[dataset]: next((each["guid"] for each in entry["snapshots"] if each["name"] == snapshot), None)
+        for dataset, entry in source.items()
+    }
+    mark = next((each for each in there["sets"] if each["name"] == snapshot and each["held"]), None)
+    replicas = there["replicas"]
+    if not mark or mark["digest"] != digest(stack, guids) or any(".new-" in name for name in replicas):
+        return [source, None]
+    for name, guid in guids.items():
+        entry = replicas.get(name)
+        if not entry or entry["since"] != 0 or entry["token"] or entry["promoted"]:
+            return [source, None]
+        # A snapshot that somebody took meanwhile has nothing in it, and is not in the way of the next stream.
+        entry["snapshots"] = [{**mark, "guid": guid, "written": 0, "referenced": 0}]
+    return [source, there]
