@@ -18,6 +18,7 @@ import sys
 import time
 
 import machine
+from figures import spread, steps
 
 GRID = "1x1h(keep=all) | 24x1h | 14x1d"
 processes = []  # what was run, and the seconds it took
@@ -47,10 +48,6 @@ def count_processes():
     subprocess.run = counted
 
 
-def spread(values):
-    return f"{statistics.median(values):7.2f} s  ({min(values):.2f} to {max(values):.2f})"
-
-
 def against_the_bare_command(modules, stack, names, turns):
     ours, bare = [], []
     for turn in range(turns):
@@ -61,10 +58,10 @@ def against_the_bare_command(modules, stack, names, turns):
         ours.append(seconds)
     ratios = [mine / its for mine, its in zip(ours, bare, strict=True)]
     print(f"\nA snapshot of {len(names)} datasets, median of {turns} turns")
-    print(f"one bare zfs snapshot  {spread(bare)}")
-    print(f"ksnap.snapshot         {spread(ours)}, {ran} processes")
+    print(f"one bare zfs snapshot  {spread(bare)} s")
+    print(f"ksnap.snapshot         {spread(ours)} s, {ran} processes")
     print(f"of which               {', '.join(f'{word} {seconds:.2f} s' for word, seconds in processes)}")
-    print(f"times as long          {statistics.median(ratios):7.2f}    ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"times as long          {spread(ratios)}")
 
 
 def growth(modules, what, sizes, grow, stack, turns):
@@ -91,19 +88,14 @@ def growth(modules, what, sizes, grow, stack, turns):
     print(f"{'':22}" + "".join(f"{size:>15}" for size in sizes) + "    against linear, step by step")
     worst = allowed = 0
     for name, row in found.items():
-        steps = [
-            (later[0] / earlier[0]) / (big / small)
-            for (small, earlier), (big, later) in zip(
-                list(zip(sizes, row, strict=True))[:-1], list(zip(sizes, row, strict=True))[1:], strict=True
-            )
-        ]
+        slower = steps(sizes, [seconds for seconds, _ in row])
         if name in bare:
             # What the pool itself takes is not ksnap's: a machine with little memory reads all from its disk again.
-            allowed = max([allowed, 1, *steps])
+            allowed = max([allowed, 1, *slower])
         else:
-            worst = max([worst, *(step / allowed for step in steps)])
+            worst = max([worst, *(step / allowed for step in slower)])
         cells = "".join(f"{seconds:>9.2f} s ({ran:>2})" for seconds, ran in row)
-        print(f"{name:22}{cells}    {', '.join(f'{step:.2f}' for step in steps)}", flush=True)
+        print(f"{name:22}{cells}    {', '.join(f'{step:.2f}' for step in slower)}", flush=True)
     return worst
 
 

@@ -23,7 +23,7 @@ def run(release, disks, words):
 
     with Room(release) as room:
         machine = room.machine(disks=disks, size="16G")
-        for file in (pathlib.Path(sys.argv[0]), pathlib.Path(__file__)):
+        for file in pathlib.Path(__file__).parent.glob("*.py"):
             machine.put(f"/root/bench/{file.name}", file.read_text())
         script = 'exec /opt/salt-xmpp/bin/python3 -u /root/bench/$1 "${@:2}" >/root/said 2>&1'
         machine.put("/root/said", "")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What zfs_dr costs: many small changed datasets against syncoid and against a bare ``zfs send | zfs receive`` of each,
-few large ones against the bare pipe, and a replication that has nothing to do against one ``zfs list``. All in one run,
-in turn, on one machine, from one pool to another.
+few large ones against the bare pipe, and a replication that has nothing to do against one ``zfs list``; and how both
+slow down as datasets and snapshots become more. All in one run, in turn, on one machine, from one pool to another.
 
 In a virtual machine of the tests' machine room, made for it:
 
@@ -21,6 +21,7 @@ import sys
 import time
 
 import machine
+from figures import spread, steps
 
 # What is to be reached: how many times as fast as the other, or how many times as long.
 GOALS = {"syncoid": 3.0, "pipe": 0.95, "list": 1.5}
@@ -50,10 +51,6 @@ def pipe(source, target, before, now):
     run_ = subprocess.run(["zfs", "receive", "-u", target], stdin=sending.stdout, check=True)
     sending.stdout.close()
     assert sending.wait() == 0 and run_.returncode == 0
-
-
-def spread(values):
-    return f"{statistics.median(values):7.2f}  ({min(values):.2f} to {max(values):.2f})"
 
 
 class Bench:
@@ -119,6 +116,45 @@ def told(title, seconds, times, goals):
     return reached
 
 
+def growth(modules, datasets, sets, turns):
+    """Return whether nothing slows down more than datasets, or snapshots on each side, become more."""
+    good = []
+    several = [Bench(modules, f"of{number}", number) for number in datasets]
+    good.append(grown("datasets", datasets, [lambda each=each: each for each in several], turns))
+    bench, made = Bench(modules, "old", 10), 0
+
+    def older(number):
+        nonlocal made
+        while made < number:
+            made += 1
+            for top in (bench.top, bench.target["dataset"]):
+                run("zfs", "snapshot", "-r", f"{top}@old-{made}")
+        return bench
+
+    makes = [lambda number=number: older(number) for number in sets]
+    good.append(grown("snapshots on each side", [11 * number for number in sets], makes, turns))
+    return all(good)
+
+
+def grown(what, sizes, makes, turns):
+    found = {"all changed": [], "nothing to do": []}
+    for make in makes:
+        bench = make()
+        seconds = compare(bench, 1 << 14, turns, ["ours"])["ours"]
+        found["all changed"].append(statistics.median(seconds))
+        found["nothing to do"].append(statistics.median(timed(bench.ours) for _ in range(turns)))
+    print(f"\nGrowth with {what}: {', '.join(map(str, sizes))}")
+    worst = 0
+    for name, values in found.items():
+        slower = steps(sizes, values)
+        worst = max([worst, *slower])
+        shown = ", ".join(f"{seconds:.2f} s" for seconds in values)
+        print(f"{name:28}{shown}; against linear {', '.join(f'{step:.2f}' for step in slower)}")
+    # What is measured wavers.
+    print(f"{'reached' if worst <= 1.1 else 'MISSED '} linear, or better")
+    return worst <= 1.1
+
+
 def here(arguments):
     modules = machine.salt_modules()
     for pool, disk in zip(("tank", "backup"), arguments.here, strict=True):
@@ -160,6 +196,10 @@ def here(arguments):
                 {"bare": (GOALS["pipe"], True)},
             )
         )
+        for pool, disk in zip(("tank", "backup"), arguments.here, strict=True):
+            run("zpool", "destroy", "-f", pool)
+            run("zpool", "create", "-f", pool, disk)
+        good.append(growth(modules, arguments.datasets, arguments.sets, arguments.turns))
     finally:
         for pool in ("tank", "backup"):
             subprocess.run(["zpool", "destroy", "-f", pool], check=False)
@@ -173,10 +213,13 @@ def main():
     parser.add_argument("--turns", type=int, default=3, help="of each comparison (default: 3)")
     parser.add_argument("--small", type=int, default=100, help="how many small datasets (default: 100)")
     parser.add_argument("--large", type=int, default=384, help="MiB that change in a large one (default: 384)")
+    parser.add_argument("--datasets", type=int, nargs="+", default=[10, 100, 500], help="growth: how many datasets")
+    parser.add_argument("--sets", type=int, nargs="+", default=[100, 1000], help="growth: old sets of ten datasets")
     arguments = parser.parse_args()
     if arguments.here:
         return here(arguments)
     words = [f"--{key}={getattr(arguments, key)}" for key in ("turns", "small", "large")]
+    words += ["--datasets", *map(str, arguments.datasets), "--sets", *map(str, arguments.sets)]
     return machine.run(arguments.release, 2, words)
 
 
