@@ -85,15 +85,17 @@ class Machine:
                 self.run("systemctl", "restart", "--no-block", "room.service")
             self.wait_up()
 
-    def boot(self, root=AUTO, timeout=BOOT):
+    def boot(self, root=AUTO, timeout=BOOT, **hardware):
         """Switch it on as real machines are: with the system as it was when it was switched off.
 
         root
             What its kernel is told of a root on ZFS: "ZFS=rpool/ROOT/debian", or "zfs:AUTO" for what bootfs says.
+        hardware
+            ``processors``, as ``Qemu`` takes them.
         """
         memory = self.folder / "memory"
         memory.unlink(missing_ok=True)
-        self._switch_on(image.boot(self.room.image, root if self.on_zfs else None), memory, disks=self.disks)
+        self._switch_on(image.boot(self.room.image, root if self.on_zfs else None), memory, self.disks, **hardware)
         self.wait_up(timeout)
 
     def _switch_on(self, boot, memory, disks=(), **options):

@@ -70,9 +70,11 @@ class Qemu:
         File with the state of a saved machine to go on from; None to boot.
     wire
         Its end of a network cable (a socket); None for a cable that leads nowhere.
+    processors
+        How many, as QEMU's -smp takes it.
     """
 
-    def __init__(self, folder, root, boot, memory, keep=False, incoming=None, wire=None):
+    def __init__(self, folder, root, boot, memory, keep=False, incoming=None, wire=None, processors=PROCESSORS):
         self.folder = folder
         kernel, initrd, command_line = boot
         nowhere, loose = socket.socketpair()
@@ -83,7 +85,7 @@ class Qemu:
         handed = [control.fileno(), monitor.fileno(), wire.fileno()]
         command = [
             PROGRAM, "-nodefaults", "-no-user-config", "-display", "none", "-S", "-machine", "q35,memory-backend=ram",
-            "-accel", "tcg", "-cpu", "max,cx16=off", "-smp", PROCESSORS, "-m", f"{MEMORY}M",
+            "-accel", "tcg", "-cpu", "max,cx16=off", "-smp", processors, "-m", f"{MEMORY}M",
             "-object", f"memory-backend-file,id=ram,size={MEMORY}M,mem-path={memory},share={'on' if keep else 'off'}",
             "-kernel", str(kernel), "-initrd", str(initrd), "-append", f"console=ttyS0 quiet {KERNEL} {command_line}",
             "-chardev", f"file,id=console,path={folder}/console.log,append=on", "-serial", "chardev:console",
