@@ -70,9 +70,11 @@ def test_promoted_demoted_and_brought_back(here):
     assert done["snapshot"] == first["snapshot"] and done["rpo"] > 0 and done["rto"] > 0
     assert len(here.call("zfs_dr.asides", "backup/dr")) == 1
     assert done["mounts"] == {"backup/dr/tank:web": "/srv/web", "backup/dr/tank:web:db": "/srv/web/db"}
-    here.sh("echo two > /srv/web/db/file; ! [ -e /srv/web/lost ]")
-    # The source comes back: it must not replicate over what serves now.
+    # The source comes back: it must not replicate over what serves now, nor say that all is well where nothing is new.
     here.run("zpool", "import", "-N", "-d", "/dev/disk/by-id", "tank")
+    with pytest.raises(CommandExecutionError, match=r"was promoted.*zfs_dr.failback"):
+        replicate(here)
+    here.sh("echo two > /srv/web/db/file; ! [ -e /srv/web/lost ]")
     with pytest.raises(CommandExecutionError, match=r"was promoted.*zfs_dr.failback"):
         replicate(here, take=True)
     with pytest.raises(CommandExecutionError, match="serve yet"):

@@ -69,13 +69,13 @@ def test_what_diverged_is_set_aside_and_goes_on_incrementally(here):
     )
     for each in third["aside"]:
         assert snapshots(here, each) == [second["snapshot"]]
-    # Somebody writes to a replica.
+    # Somebody writes to a replica, and the source has nothing new.
     here.sh(
         "zfs set readonly=off mountpoint=/mnt backup/dr/tank:mail; zfs mount backup/dr/tank:mail; echo x > /mnt/new"
     )
     here.sh("zfs unmount backup/dr/tank:mail; zfs set readonly=on mountpoint=none backup/dr/tank:mail; zpool sync")
-    fourth = replicate(here, take=True)
-    assert len(fourth["aside"]) == 1
+    fourth = replicate(here)
+    assert len(fourth["aside"]) == 1 and fourth["snapshot"] == third["snapshot"]
     here.sh("zfs set mountpoint=/mnt $1; zfs mount $1", fourth["aside"][0])
     assert here.read("/mnt/new") == "x\n"
     here.run("zfs", "unmount", fourth["aside"][0])
