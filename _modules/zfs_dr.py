@@ -634,7 +634,7 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
         options = [word for key, value in properties.items() for word in ("-o", f"zfs_dr:{key}={value}")]
         __salt__["zfs_dr.run"](sides["target"], ["zfs", "snapshot", *options, f"{base}@{wanted}"])
     if mark is None or not mark["held"]:
-        _hold_there(sides["target"], base, wanted, tag)
+        _run_but(sides["target"], ["zfs", "hold", "-r", tag, f"{base}@{wanted}"], "tag already exists")
     held = {name: next(s for s in entry["snapshots"] if s["name"] == wanted)["held"] for name, entry in source.items()}
     if not work and not all(held.values()):
         _hold(sides["source"], list(source), wanted, f"zfs_dr:{target['id']}")
@@ -656,13 +656,6 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
     if sides["source"] is None and (replaced or any(".aside-" in name for name in replicas)):
         # A rollback sets a source's state aside with the set before, and its hold; nobody needs that any more.
         __salt__["zfs_dr.release_asides"](list(source), f"zfs_dr:{target['id']}")
-
-
-def _hold_there(side, base, wanted, tag):
-    argv = ["zfs", "hold", "-r", tag, f"{base}@{wanted}"]
-    code, _, errors = __salt__["zfs_dr.run"](side, argv, code=True)
-    if code and "tag already exists" not in errors:
-        raise CommandExecutionError(f"{' '.join(argv)} failed: {errors.strip()}{__salt__['zfs_dr.advice'](errors)}")
 
 
 def _let_go(side, target, source, wanted):
