@@ -61,7 +61,8 @@ def members(stack, target):
     target
         (string or dict) As :func:`zfs_dr_side.target` takes it.
 
-    Returns a list of the name (without one, that of the first dataset) and the datasets.
+    Returns a list of the name (without one, that of the first dataset), the datasets, and a dict of each to its guid;
+    that one is empty where the datasets are named, and were not looked up.
 
     Raises ``SaltInvocationError`` for a wrong stack or target, ``CommandExecutionError`` when part of it is not on ZFS.
 
@@ -81,11 +82,11 @@ def members(stack, target):
                 f"Of the stack {found['name']}, {', '.join(found['outside'])} is not on ZFS and cannot be replicated. "
                 "Move it to a dataset, or take it out of the stack's paths."
             )
-        name, datasets = found["name"], found["datasets"]
+        name, datasets, guids = found["name"], found["datasets"], found["guids"]
     elif plain:
         # Nothing is to be looked up; whether they exist, the listing will tell that is made in any case.
         name = stack if isinstance(stack, str) else declared.get("name")
-        datasets = sorted(set(map(str, declared["datasets"])))
+        datasets, guids = sorted(set(map(str, declared["datasets"]))), {}
     else:
         raise SaltInvocationError(f"A stack that is pulled is a dict with datasets, or the name of one, not {stack!r}")
     name = name or datasets[0].replace("/", ":")
@@ -94,7 +95,7 @@ def members(stack, target):
         raise SaltInvocationError(
             f"The stack {name!r} is wrong: {', '.join(wrong) or 'its name'} is not of letters, digits and _.:-"
         )
-    return [name, datasets]
+    return [name, datasets, guids]
 
 
 def _machine(target):
@@ -271,7 +272,7 @@ def replicate(stack, target, snapshot=None, full=False, take=False):
         salt '*' zfs_dr.replicate '{datasets: [tank/web]}' '{dataset: backup/web1}' take=True
     """
     target = __salt__["zfs_dr.target"](target)
-    name, datasets = members(stack, target)
+    name, datasets, guids = members(stack, target)
     if take and target["direction"] == "pull":
         raise SaltInvocationError(
             "take is for a stack of this machine; have its own machine take the snapshots of one that is pulled"
@@ -284,7 +285,7 @@ def replicate(stack, target, snapshot=None, full=False, take=False):
             sides = __salt__["zfs_dr.connect"](target)
             try:
                 with _locked_there(sides["target"], target, name):
-                    done = _brought(sides, target, name, datasets, snapshot, full, take)
+                    done, noted = _brought(sides, target, name, datasets, guids, snapshot, full, take)
             finally:
                 __salt__["zfs_dr.disconnect"](sides)
         except (CommandExecutionError, SaltInvocationError) as error:
@@ -297,31 +298,34 @@ def replicate(stack, target, snapshot=None, full=False, take=False):
                 os.unlink(_path(target, name, "running"))
     done["seconds"] = time.time() - begun
     last = {key: done[key] for key in ("snapshot", "bytes", "seconds")}
-    taken = time.time() - done["age"]
-    _write(_path(target, name, "last"), {**last, "taken": taken, "done": time.time(), "error": None})
+    now = time.time()
+    noted = {**noted, "taken": now - done["age"], "done": now, "error": None}
+    _write(_path(target, name, "last"), {**last, **noted})
     if done["changed"]:
         _fire(f"zfs_dr/{target['id']}/{name}/whole", last)
     return done
 
 
-def _brought(sides, target, stack, datasets, snapshot, full, take):
+def _brought(sides, target, stack, datasets, guids, snapshot, full, take):
     # What was noted at the end of the last one says that it came to its end, with all that is held and let go then.
-    last = _read(_path(target, stack, "last"))
-    if full or (snapshot and not take) or last.get("error") or not last.get("snapshot"):
-        return _replicate(sides, target, stack, datasets, snapshot, full)
-    names = _names(target, datasets)
-    source, there = __salt__["zfs_dr.since"](
-        sides, target["dataset"], stack, names, last["snapshot"], brief=not take
-    )
-    if not there or take or __salt__["zfs_dr.newest_set"](source) != last["snapshot"]:
-        return _replicate(sides, target, stack, datasets, snapshot, full, source if take else None, there)
+    last, base, names = _read(_path(target, stack, "last")), target["dataset"], _names(target, datasets)
+    source = there = None
+    if not (full or (snapshot and not take) or last.get("error") or not last.get("snapshot")):
+        if not take and __salt__["zfs_dr.nothing_new"](sides, base, datasets, guids, last):
+            return _already_there(base, names, last), {key: last[key] for key in ("guids", "state")}
+        source, there = __salt__["zfs_dr.since"](sides, base, stack, names, last["snapshot"])
+    done, guids = _replicate(sides, target, stack, datasets, snapshot, full, source, there)
+    return done, {"guids": guids, "state": __salt__["zfs_dr.state"](sides["target"], base, done["snapshot"])}
+
+
+def _already_there(base, names, last):
     still = {"why": "already there", "bytes": 0, "seconds": 0.0}
     return {
         "snapshot": last["snapshot"],
         "changed": False,
         "bytes": 0,
         "age": time.time() - last["taken"],
-        "datasets": {name: {"replica": f"{target['dataset']}/{replica}", **still} for name, replica in names.items()},
+        "datasets": {name: {"replica": f"{base}/{replica}", **still} for name, replica in names.items()},
         "aside": [],
     }
 
@@ -356,7 +360,7 @@ def _replicate(sides, target, stack, datasets, snapshot, full, source=None, ther
         _mark(sides, target, stack, plan, source, there, described)
     _complete(sides, target, stack, plan, source, there, wanted, work)
     taken = next(s["creation"] for s in source[datasets[0]]["snapshots"] if s["name"] == wanted)
-    return {
+    done = {
         "snapshot": wanted,
         "changed": work,
         "bytes": sum(each["bytes"] for each in moved.values()),
@@ -371,6 +375,7 @@ def _replicate(sides, target, stack, datasets, snapshot, full, source=None, ther
         },
         "aside": aside,
     }
+    return done, {name: entry["guid"] for name, entry in source.items()}
 
 
 def _is_replica(name, entry):
@@ -408,6 +413,14 @@ def _hold(side, datasets, snapshot, tag, verb="hold"):
                 continue
         argv = ["zfs", verb, tag, *(f"{dataset}@{snapshot}" for dataset in members)]
         _run_but(side, argv, "tag already exists|no such tag")
+
+
+def _hold_there(side, base, replicas, snapshot, tag):
+    # With -r it is all or nothing: one that is held already keeps the others from it.
+    code, *_ = __salt__["zfs_dr.run"](side, ["zfs", "hold", "-r", tag, f"{base}@{snapshot}"], code=True)
+    if code:
+        names = [f"{base}@{snapshot}", *(f"{base}/{replica}@{snapshot}" for replica in replicas)]
+        _run_but(side, ["zfs", "hold", tag, *names], "tag already exists")
 
 
 def _run_but(side, argv, harmless):
@@ -634,7 +647,7 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
         options = [word for key, value in properties.items() for word in ("-o", f"zfs_dr:{key}={value}")]
         __salt__["zfs_dr.run"](sides["target"], ["zfs", "snapshot", *options, f"{base}@{wanted}"])
     if mark is None or not mark["held"]:
-        _run_but(sides["target"], ["zfs", "hold", "-r", tag, f"{base}@{wanted}"], "tag already exists")
+        _hold_there(sides["target"], base, [step["replica"] for step in plan.values()], wanted, tag)
     held = {name: next(s for s in entry["snapshots"] if s["name"] == wanted)["held"] for name, entry in source.items()}
     if not work and not all(held.values()):
         _hold(sides["source"], list(source), wanted, f"zfs_dr:{target['id']}")

@@ -37,6 +37,7 @@ RULES = {
     "target": [
         f"zfs list -Hp -d 2 -t filesystem,volume,snapshot -o {COLUMNS} {{b}}",
         f"zfs list -Hp -d 1 -t filesystem,volume,snapshot -o {COLUMNS},written@{NAME} {{b}}",
+        f"zfs list -Hp -t filesystem,snapshot -o {COLUMNS} {{b}} {{b}}@{NAME}",
         f"zfs receive -s -u (-o {RECEIVED})* {{b}}/{NAME}",
         f"zfs receive -A {{b}}/{NAME}",
         f"zfs get -H -o value receive_resume_token {{b}}/{NAME}",
@@ -44,6 +45,7 @@ RULES = {
         f"zfs set ({RECEIVED})+ {{b}}/{NAME}",
         f"zfs snapshot (-o {PAIR})* {{b}}@{NAME}",
         f"zfs (hold|release) -r {TAG} {{b}}@{NAME}",
+        f"zfs hold {TAG} {{b}}@{NAME} ({{b}}/{NAME}@{NAME})+",
         f"zfs rename -u {{b}}/{NAME} {{b}}/{NAME}",
         f"zfs clone (-o {RECEIVED})* {{b}}/{NAME}@{NAME} {{b}}/{NAME}",
         f"zfs promote {{b}}/{NAME}",
@@ -52,7 +54,8 @@ RULES = {
     ],
     "source": [
         f"zfs list -Hp -d 1 -t filesystem,volume,snapshot,bookmark -o {COLUMNS} ({{d}})+",
-        "zfs list -Hp -d 1 -t snapshot -o name,guid,createtxg ({d})+",
+        "zfs list -Hp -d 1 -t snapshot -o name,createtxg {d}",
+        "zfs list -Hp -o name,guid ({d})+",
         "zfs get -Hp -s local,received -o name,property,value -t filesystem,volume all ({d})+",
         f"zfs send (-w|-Lec) {{d}}@{NAME}",
         f"zfs send (-w|-Lec) -i {{d}}[@#]{NAME} {{d}}@{NAME}",

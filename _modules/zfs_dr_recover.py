@@ -352,6 +352,7 @@ def end_rehearsal(base, id):
 def _promote(base, replicas, snapshot, where):
     names = {name: f"{base}/{name}" for name in replicas}
     # This comes first: from here on no replication touches them, whatever happens to us.
+    _zfs("set", f"zfs_dr:promotion={time.time():.6f}", base)
     _zfs("set", f"zfs_dr:promoted={snapshot}", *names.values())
     for name, entry in replicas.items():
         if entry["token"]:
@@ -451,7 +452,7 @@ def failback(stack, target, services=None):
     target = __salt__["zfs_dr.target"](target)
     if target["direction"] == "pull":
         raise SaltInvocationError("A failback runs on the source's machine, with a target that is pushed to")
-    name, datasets = __salt__["zfs_dr.members"](stack, target)
+    name, datasets, _ = __salt__["zfs_dr.members"](stack, target)
     sides = __salt__["zfs_dr.connect"](target)
     try:
         return {**_failback(sides, target, stack, name, datasets, services), "seconds": time.time() - begun}

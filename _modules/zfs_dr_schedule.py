@@ -48,7 +48,7 @@ def periodic(stack, target, take=True, grid=None, count=None):
         chosen = __salt__["ksnap.prune"](stack, grid, count)
         told["destroyed"] = [each["snapshot"] for each in chosen if each["action"] == "destroy"]
     if target["grid"]:
-        name, _ = __salt__["zfs_dr.members"](stack, target)
+        name, *_ = __salt__["zfs_dr.members"](stack, target)
         gone = __salt__["zfs_dr.prune"](target["dataset"], name, target["grid"])
         told["destroyed_there"] = list(gone["destroyed"])
     return told
@@ -95,7 +95,7 @@ def schedule(calendar, stack, target, take=True, grid=None, count=None, test=Fal
         salt '*' zfs_dr.schedule hourly web vault grid='24x1h | 14x1d'
     """
     target = __salt__["zfs_dr.target"](target)
-    stack_name, datasets = __salt__["zfs_dr.members"](stack, target)
+    stack_name, datasets, _ = __salt__["zfs_dr.members"](stack, target)
     _refuse(target, take, grid, count)
     declared = __salt__["config.get"]("ksnap:stacks")[stack] if isinstance(stack, str) else stack
     if target["direction"] == "pull":

@@ -434,21 +434,6 @@ def _source_argv(datasets):
     return ["zfs", "list", "-Hp", "-d", "1", "-t", "filesystem,volume,snapshot,bookmark", "-o", SOURCE, *datasets]
 
 
-def _names_argv(datasets):
-    # These three columns ZFS has without opening each snapshot.
-    return ["zfs", "list", "-Hp", "-d", "1", "-t", "snapshot", "-o", "name,guid,createtxg", *datasets]
-
-
-def _names_read(text, datasets):
-    found = {name: {"snapshots": []} for name in datasets}
-    for line in text.splitlines():
-        name, guid, group = line.split("\t")
-        dataset, _, mark = name.partition("@")
-        if dataset in found:
-            found[dataset]["snapshots"].append({"name": mark, "guid": int(guid), "createtxg": int(group)})
-    return found
-
-
 def _source_read(text, datasets):
     found = {}
     wanted = set(datasets)
@@ -517,7 +502,7 @@ def target_listing(side, base):
     return _target_read(_output(side, argv, _process(words(side, argv))), base)
 
 
-def listings(sides, datasets, base, since=None, brief=False):
+def listings(sides, datasets, base, since=None):
     """
     List both sides at the same time.
 
@@ -530,8 +515,6 @@ def listings(sides, datasets, base, since=None, brief=False):
     since
         (string) The name of a set: then of the replicas there is, in place of their snapshots, ``since`` (bytes
         written since that set, or ``None`` where they lack it). Default: none.
-    brief
-        (bool) Of the source, list snapshots only, by ``name``, ``guid`` and ``createtxg``. Default: False.
 
     Returns a list of two: what :func:`source_listing` and :func:`target_listing` return, and raises as they do.
 
@@ -541,12 +524,91 @@ def listings(sides, datasets, base, since=None, brief=False):
 
         salt '*' zfs_dr.listings '{source: null, target: null}' '[tank/web]' backup/web1
     """
-    of_source = _names_argv(datasets) if brief else _source_argv(datasets)
-    asked = [(sides["source"], of_source), (sides["target"], _target_argv(base, since))]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(_process, [words(side, argv) for side, argv in asked]))
-    source, there = (_output(side, argv, each) for (side, argv), each in zip(asked, done, strict=True))
-    return [(_names_read if brief else _source_read)(source, datasets), _target_read(there, base, since)]
+    asked = [(sides["source"], _source_argv(datasets)), (sides["target"], _target_argv(base, since))]
+    source, there = (_output(*each) for each in _at_once(asked))
+    return [_source_read(source, datasets), _target_read(there, base, since)]
+
+
+def _at_once(asked):
+    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        done = pool.map(_process, [words(side, argv) for side, argv in asked])
+        return [(side, argv, process) for (side, argv), process in zip(asked, done, strict=True)]
+
+
+# Whatever is written or destroyed below the base changes one of its sums; a promotion says so itself.
+STATE = "name,guid,userrefs,used,logicalused,zfs_dr:promotion"
+
+
+def _state_argv(base, snapshot):
+    return ["zfs", "list", "-Hp", "-t", "filesystem,snapshot", "-o", STATE, base, f"{base}@{snapshot}"]
+
+
+def _state_read(done):
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    if done.returncode or len(rows) != 2 or not _number(rows[1][2]):
+        return None
+    return [value for row in rows for value in row]
+
+
+def state(side, base, snapshot):
+    """
+    Tell what a target is like as a whole, without a look at each replica.
+
+    side
+        (dict or None) One of what :func:`connect` returns; ``None`` is this machine.
+    base
+        (string) The dataset that the replicas are children of.
+    snapshot
+        (string) The name of a set.
+
+    Returns a list of texts, another one once something below the base was written, destroyed or promoted; ``None``
+    where the set is not marked as whole there, or its mark is not held.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.state null backup/web1 ksnap-20261125T222408.123456Z-0a1b2c3d
+    """
+    return _state_read(_process(words(side, _state_argv(base, snapshot))))
+
+
+def glance(sides, datasets, guids, base, snapshot):
+    """
+    Look at both sides at the same time, as briefly as can be.
+
+    sides
+        (dict) As :func:`connect` returns it.
+    datasets
+        (list of strings) The source's datasets.
+    guids
+        (dict) Each of them to its guid; empty where they are not known, and are to be asked for.
+    base
+        (string) The dataset at the target that the replicas are children of.
+    snapshot
+        (string) The name of a set.
+
+    Returns a list of three: the newest set that the first dataset has, or ``None``; the guids; and what :func:`state`
+    returns.
+
+    Raises ``CommandExecutionError`` when one of the source's datasets does not exist.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.glance '{source: null, target: null}' '[tank/web]' '{}' backup/web1 ksnap-20261125T222408...
+    """
+    # Of all snapshots these columns come cheapest; a set that the first dataset lacks is no set of the stack.
+    first = ["zfs", "list", "-Hp", "-d", "1", "-t", "snapshot", "-o", "name,createtxg", datasets[0]]
+    asked = [(sides["target"], _state_argv(base, snapshot)), (sides["source"], first)]
+    if not guids:
+        asked.append((sides["source"], ["zfs", "list", "-Hp", "-o", "name,guid", *datasets]))
+    (*_, there), *source = _at_once(asked)
+    snapshots, *known = ([line.split("\t") for line in _output(*each).splitlines()] for each in source)
+    listed = [{"name": name.partition("@")[2], "createtxg": int(group)} for name, group in snapshots]
+    newest = __salt__["zfs_dr.newest_set"]({datasets[0]: {"snapshots": listed}})
+    return [newest, guids or {name: int(guid) for name, guid in known[0]}, _state_read(there)]
 
 
 def _target_columns(since):

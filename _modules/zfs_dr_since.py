@@ -4,7 +4,8 @@ What has changed since the last replication, found out cheaply
 
 ZFS opens a replica, which is not mounted, anew for each of its snapshots that it is to list: with years of them that
 takes longer than to send what is new. So, where the last replication came to its end, the target is asked only what is
-needed to see that it is as it was then.
+needed to see that it is as it was then: first the base alone, whose sums hold all that is below it, then each replica,
+but none of its snapshots.
 """
 
 import hashlib
@@ -38,7 +39,36 @@ def digest(stack, guids):
     return hashlib.sha256(json.dumps([stack, members]).encode()).hexdigest()[:32]
 
 
-def since(sides, base, stack, names, snapshot, brief=True):
+def nothing_new(sides, base, datasets, guids, last):
+    """
+    Tell whether nothing has changed since the last replication, on either side, without a look at each replica.
+
+    sides
+        (dict) As :func:`zfs_dr_side.connect` returns it.
+    base
+        (string) The dataset at the target that the replicas are children of.
+    datasets
+        (list of strings) The source's datasets.
+    guids
+        (dict) Each of them to its guid; empty where they are not known yet.
+    last
+        (dict) What was noted then: ``snapshot`` (the set), ``guids`` and ``state`` (as :func:`zfs_dr_side.state`
+        returned it).
+
+    Returns True where the source has the same datasets and no newer set, that one is whole and held at the target, and
+    nothing below the base was written, destroyed or promoted since. What somebody renamed there, or gave other
+    properties, is not seen: a replication that has something to send looks at all of it.
+
+    Raises ``CommandExecutionError`` when a dataset does not exist.
+
+    CLI Example: none; :func:`zfs_dr.replicate` begins with it.
+    """
+    snapshot = last["snapshot"]
+    newest, guids, state = __salt__["zfs_dr.glance"](sides, datasets, guids, base, snapshot)
+    return newest == snapshot and state is not None and (state, guids) == (last.get("state"), last.get("guids"))
+
+
+def since(sides, base, stack, names, snapshot):
     """
     Tell what there is at the source since a set became whole at the target, and whether the target is still as then.
 
@@ -52,19 +82,17 @@ def since(sides, base, stack, names, snapshot, brief=True):
         (dict) Dataset to the name of its replica.
     snapshot
         (string) The set that was replicated last.
-    brief
-        (bool) List the source only as far as that takes. Default: True.
 
-    Returns a list of two: what :func:`zfs_dr_side.source_listing` returns (or its brief form), and what
+    Returns a list of two: what :func:`zfs_dr_side.source_listing` returns, and what
     :func:`zfs_dr_side.target_listing` returns, but of the replicas' snapshots only that of the set. In place of the
     second there is ``None``, and one has to look closer, unless the set is whole at the target, and no replica was
     written to or promoted since, or is half way to another set.
 
     Raises ``CommandExecutionError`` when a dataset or the base does not exist.
 
-    CLI Example: none; :func:`zfs_dr.replicate` begins with it.
+    CLI Example: none; :func:`zfs_dr.replicate` asks it where :func:`nothing_new` is not so.
     """
-    source, there = __salt__["zfs_dr.listings"](sides, list(names), base, since=snapshot, brief=brief)
+    source, there = __salt__["zfs_dr.listings"](sides, list(names), base, since=snapshot)
     guids = {
         names[dataset]: next((each["guid"] for each in entry["snapshots"] if each["name"] == snapshot), None)
         for dataset, entry in source.items()

@@ -272,7 +272,7 @@ def forget(stack, target, test=False):
         salt '*' zfs_dr.forget web vault
     """
     target = __salt__["zfs_dr.target"](target)
-    name, datasets = __salt__["zfs_dr.members"](stack, target)
+    name, datasets, _ = __salt__["zfs_dr.members"](stack, target)
     told = {"released": [], "bookmarks": [], "unreachable": None}
     try:
         sides = __salt__["zfs_dr.connect"](target)

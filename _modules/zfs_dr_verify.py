@@ -78,7 +78,7 @@ def status(stack, target):
         salt '*' zfs_dr.status web vault
     """
     target = __salt__["zfs_dr.target"](target)
-    name, datasets = __salt__["zfs_dr.members"](stack, target)
+    name, datasets, _ = __salt__["zfs_dr.members"](stack, target)
     last = _read(STATE, target, name, "last")
     told = {
         "reachable": True,
@@ -160,7 +160,7 @@ def verify(stack, target, contents=False, checksums=None):
         salt '*' zfs_dr.verify web vault contents=True
     """
     target = __salt__["zfs_dr.target"](target)
-    name, datasets = __salt__["zfs_dr.members"](stack, target)
+    name, datasets, _ = __salt__["zfs_dr.members"](stack, target)
     if contents and target["ssh"]:
         raise SaltInvocationError(
             "The files of the other machine cannot be read from here, as the key may only replicate. Call "

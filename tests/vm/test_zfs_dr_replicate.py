@@ -53,6 +53,43 @@ def test_a_full_then_incremental_ones_then_nothing(here):
     assert snapshots(here, "backup/dr/tank:mail")[-2:] == ["mine", fifth["snapshot"]]
 
 
+def test_nothing_new_is_seen_at_a_glance_and_what_is_new_too(here):
+    done = replicate(here, take=True)
+    sides, datasets = {"source": None, "target": None}, STACK["datasets"]
+
+    def nothing_new(datasets=datasets):
+        last = json.loads(here.read("/var/lib/zfs_dr/vault-web.last"))
+        return here.call("zfs_dr.nothing_new", sides, "backup/dr", datasets, {}, last)
+
+    assert nothing_new()
+    # Each of these is seen; the next replication looks closer, mends it, and then a glance is enough again.
+    for change in (
+        "zfs release zfs_dr:web backup/dr@$1",
+        """
+        zfs set readonly=off mountpoint=/mnt/replica backup/dr/tank:mail; zfs mount backup/dr/tank:mail
+        echo changed > /mnt/replica/first; zfs unmount backup/dr/tank:mail
+        zfs set readonly=on mountpoint=none backup/dr/tank:mail
+        """,
+        "zfs snapshot tank/web@ksnap-9 tank/web/db@ksnap-9 tank/mail@ksnap-9",
+    ):
+        here.sh(change, done["snapshot"])
+        assert not nothing_new(), change
+        done = replicate(here)
+        assert nothing_new(), change
+    assert done["snapshot"] == "ksnap-9" and same(here, "ksnap-9")
+    assert not nothing_new(datasets[:2])
+    # A snapshot of one dataset alone, or of another name, is no set.
+    here.sh("zfs snapshot tank/mail@ksnap-99; zfs snapshot tank/web@mine")
+    assert nothing_new()
+    here.sh("zfs release zfs_dr:vault tank/web/db@ksnap-9; zfs rename tank/web/db tank/old; zfs create tank/web/db")
+    assert not nothing_new()
+    here.sh("zfs destroy tank/web/db; zfs rename tank/old tank/web/db")
+    assert nothing_new()
+    # A promotion changes no byte, and says so itself.
+    here.call("zfs_dr.recover", "backup/dr", "web", "/mnt/promoted", how="promote", force=True)
+    assert not nothing_new()
+
+
 @ONE
 def test_what_diverged_is_set_aside_and_goes_on_incrementally(here):
     """Rolled back by hand, written to, renamed, made anew: nothing is lost, and nothing goes in full needlessly."""

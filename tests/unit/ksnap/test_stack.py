@@ -13,7 +13,7 @@ MOUNTINFO = """\
 35 22 0:30 /sub {tmp}/bind rw - zfs tank/srv rw
 """
 DATASETS = ["tank/srv", "tank/srv/log", "fast/pg", "fast/pg/wal", "fast/pg/old"]
-ASIDE = {"fast/pg/old": "{}"}
+ASIDE = {"fast/pg/old": ("fast/pg@x", "{}")}
 
 
 @pytest.fixture
@@ -35,7 +35,11 @@ def module(load, zfs, tmp_path, monkeypatch):
         below = "-r" in argv
         parents = tuple(f"{name}/" for name in named) if below else ()
         found = [each for each in DATASETS if each in named or each.startswith(parents)]
-        return "".join(f"{name}\t{ASIDE.get(name, '-')}\t-\n" for name in found)
+        marks, rows = "ksnap:aside" in argv[argv.index("-o") + 1], []
+        for name in found:
+            origin, mark = ASIDE.get(name, ("-", "-"))
+            rows.append((name, mark, "-") if marks else (name, 100 + len(name), origin))
+        return "".join("\t".join(map(str, row)) + "\n" for row in rows)
 
     zfs.answers["zfs list"] = listed
     return module
@@ -45,6 +49,7 @@ def test_by_name(module):
     found = module.stack("mail")
     assert found["name"] == "mail"
     assert found["datasets"] == ["tank/srv"]
+    assert found["guids"] == {"tank/srv": 108}
     assert found["pools"] == {"tank": ["tank/srv"]}
     assert (found["paths"], found["outside"], found["timeout"]) == ({}, [], 60)
 

@@ -19,12 +19,15 @@ ALLOWED = [
     "zfs set readonly=on canmount=noauto zfs_dr:stack=web backup/web1/tank:web",
     f"zfs snapshot -o zfs_dr:members=3 backup/web1@{SET}",
     f"zfs hold -r zfs_dr:web backup/web1@{SET}",
+    f"zfs hold zfs_dr:web backup/web1@{SET} backup/web1/tank:web@{SET} backup/web1/tank:mail@{SET}",
     "zfs rename -u backup/web1/tank:web backup/web1/tank:web.aside-20261125T222408Z",
     f"zfs clone -o readonly=on backup/web1/tank:web@{SET} backup/web1/tank:web.new-20261125T222408Z",
     "zfs promote backup/web1/tank:web.new-20261125T222408Z",
     "lock backup/web1 web",
     f"zfs list -Hp -d 1 -t filesystem,volume,snapshot -o name,userrefs,zfs_dr:digest,written@{SET} backup/web1",
-    "zfs list -Hp -d 1 -t snapshot -o name,guid,createtxg tank/web tank/web/db",
+    f"zfs list -Hp -t filesystem,snapshot -o name,guid,used,zfs_dr:promotion backup/web1 backup/web1@{SET}",
+    "zfs list -Hp -d 1 -t snapshot -o name,createtxg tank/web",
+    "zfs list -Hp -o name,guid tank/web tank/web/db",
     "zfs list -Hp -d 1 -t filesystem,volume,snapshot,bookmark -o name,guid tank/web tank/web/db",
     f"zfs send -w tank/web@{SET}",
     f"zfs send -w -i tank/web/db#zfs_dr-vault-{SET} tank/web/db@{SET}",
@@ -57,9 +60,13 @@ DENIED = [
     f"zfs send -R -w tank/web@{SET}",
     f"zfs send -w backup/web1/tank:web@{SET}",
     "zfs hold keep tank/web@a",
+    f"zfs hold zfs_dr:web backup/web1@{SET} backup/web2/tank:web@{SET}",
+    f"zfs release zfs_dr:web backup/web1@{SET} backup/web1/tank:web@{SET}",
     "zfs release keep tank/web@a",
     "zfs list -Hp -d 1 -t filesystem,volume,snapshot,bookmark -o name tank",
-    "zfs list -Hp -d 1 -t snapshot -o name,guid,createtxg tank/mail",
+    "zfs list -Hp -d 1 -t snapshot -o name,createtxg tank/mail",
+    "zfs list -Hp -o name,guid tank/web tank/mail",
+    f"zfs list -Hp -t filesystem,snapshot -o name backup/web1 backup/web2@{SET}",
     "lock backup/web2 web",
     "lock backup/web1 ../../etc",
 ]
@@ -82,7 +89,7 @@ def test_a_resume_token_is_let_through_and_zfs_itself_asks_for_the_permission_to
 
 def test_a_stack_of_several_granted_datasets_is_asked_for_at_once():
     grants = ["source:tank/web", "source:tank/mail", "target:backup/a", "target:backup/b"]
-    listing = "zfs list -Hp -d 1 -t snapshot -o name,guid,createtxg"
+    listing = "zfs list -Hp -o name,guid"
     assert GATE.permitted(grants, f"{listing} tank/mail tank/web tank/web/db".split(" "))
     assert not GATE.permitted(grants, f"{listing} tank/mail tank/web tank/other".split(" "))
     assert not GATE.permitted(grants, f"{listing} tank/web backup/a".split(" "))
