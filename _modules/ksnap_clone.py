@@ -19,6 +19,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "ksnap"
 
 RECORD = "ksnap:clone"
+NAME = re.compile(r"(.*)[./]clone-((\d{8}T\d{6}Z)-[0-9a-f]{4})(/.*)?")
 LONGEST = 255
 # What a clone has from its origin, what is one dataset's own, and what would let it do harm.
 NOT_COPIED = set(
@@ -109,7 +110,8 @@ def clones(stack=None):
 
     Returns a list of dicts: ``id``, ``stack``, ``snapshot``, ``root``, ``when`` (seconds since 1970), ``who``,
     ``datasets`` (each to its clone), ``mounts`` (each to where it is mounted now, or ``None``) and ``whole`` (False if
-    some of its clones are gone, or were never made).
+    some of its clones are gone, or were never made, or have nothing of their own yet, since the power was cut just
+    then; where that is so of all, ``stack``, ``root`` and ``who`` are ``None``).
 
     CLI Example:
 
@@ -117,19 +119,37 @@ def clones(stack=None):
 
         salt '*' ksnap.clones
     """
-    shown = _zfs("get", "-H", "-p", "-s", "local", "-t", "filesystem,volume", "-o", "name,value", RECORD)
+    shown = _zfs("get", "-H", "-p", "-t", "filesystem,volume", "-o", "name,property,value,source", f"origin,{RECORD}")
     mounted = {mount["source"]: mount["path"] for mount in __salt__["ksnap.mounts"]() if mount["type"] == "zfs"}
-    sets = {}
+    has, sets = {}, {}
     for line in shown.splitlines():
-        name, value = line.split("\t", 1)
-        record = json.loads(value)
-        of, count = record.pop("of"), record.pop("count")
-        each = sets.setdefault(record["id"], {**record, "datasets": {}, "mounts": {}})
-        each["datasets"][of] = name
-        each["mounts"][of] = mounted.get(name)
-        each["whole"] = len(each["datasets"]) == count
+        name, key, value, source = line.split("\t")
+        if key == "origin" or source == "local":
+            has.setdefault(name, {})[key] = value
+    for name, values in has.items():
+        record = json.loads(values[RECORD]) if RECORD in values else _nameless(name, values["origin"])
+        if record:
+            of, count = record.pop("of"), record.pop("count")
+            each = sets.setdefault(record["id"], {**record, "datasets": {}, "mounts": {}, "whole": True})
+            # What the record says goes before what the name tells.
+            each.update({key: value for key, value in record.items() if value is not None})
+            each["datasets"][of] = name
+            each["mounts"][of] = mounted.get(name)
+            each["count"], each["named"] = max(count, each.get("count", 0)), each.get("named", 0) + bool(count)
+    for each in sets.values():
+        each["whole"] = each.pop("named") == each.pop("count") > 0
     found = [each for each in sets.values() if stack is None or each["stack"] == stack]
     return sorted(found, key=lambda each: (each["when"], each["id"]))
+
+
+def _nameless(name, origin):
+    # OpenZFS makes a clone in one transaction group and sets its properties in the next: a power cut comes between.
+    match, (of, _, snapshot) = NAME.fullmatch(name), origin.partition("@")
+    if not match or of != match[1] + (match[4] or ""):
+        return None
+    when = datetime.datetime.strptime(match[3], "%Y%m%dT%H%M%SZ").replace(tzinfo=datetime.UTC)
+    told = {"id": match[2], "stack": None, "snapshot": snapshot, "root": None, "when": int(when.timestamp())}
+    return {**told, "who": None, "of": of, "count": 0}
 
 
 def promote(identifier):

@@ -330,13 +330,12 @@ def _already_there(base, names, last):
     }
 
 
-def _replicate(sides, target, stack, datasets, snapshot, full, source=None, there=None):
+def _replicate(sides, target, stack, datasets, snapshot, full, source, there):
     base = target["dataset"]
     names = _names(target, datasets)
-    if not there:
+    if not source:
         source, there = __salt__["zfs_dr.listings"](sides, datasets, base)
-        there = mend(sides["target"], base, there)
-    source = source or __salt__["zfs_dr.source_listing"](sides["source"], datasets)
+    there = mend(sides["target"], base, there or __salt__["zfs_dr.target_listing"](sides["target"], base))
     wanted = snapshot or __salt__["zfs_dr.newest_set"](source)
     if not wanted:
         raise CommandExecutionError(

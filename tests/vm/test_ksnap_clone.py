@@ -117,6 +117,31 @@ def test_what_cannot_be_mounted_leaves_nothing(tank):
     assert tank.run("zfs", "list", "-H", "-t", "all", "-o", "name").stdout == before
 
 
+def test_what_a_power_cut_left_of_a_copy_is_listed_and_can_be_discarded(tank):
+    """OpenZFS sets the properties of a clone after it made it: what is cut between has but its name."""
+    snapshot = tank.call("ksnap.list", STACK)[0]["snapshot"]
+    identifier = "20261125T224208Z-5f0e"
+    left = f"tank/mail.clone-{identifier}"
+    tank.run("zfs", "clone", f"tank/mail@{snapshot}", left)
+    (listed,) = tank.call("ksnap.clones")
+    assert (listed["id"], listed["snapshot"], listed["whole"]) == (identifier, snapshot, False)
+    assert (listed["datasets"], listed["mounts"]) == ({"tank/mail": left}, {"tank/mail": f"/{left}"})
+    # Cut at its second dataset; and a clone that somebody made below is not a part of it.
+    made = tank.call("ksnap.clone", STACK, "then", "/mnt/copy")
+    copy = made["datasets"]["tank/mail/queue"]
+    tank.run("zfs", "inherit", "ksnap:clone", copy)
+    tank.run("zfs", "clone", f"tank/db@{snapshot}", f"{copy}/mine")
+    (cut,) = (each for each in tank.call("ksnap.clones") if each["id"] == made["id"])
+    assert cut == {**made, "whole": False}
+    with pytest.raises(CommandExecutionError, match=r"not destroyed: .*/mine was made of it, or below it"):
+        tank.call("ksnap.discard", made["id"])
+    tank.run("zfs", "destroy", f"{copy}/mine")
+    for each in (made["id"], identifier):
+        tank.call("ksnap.discard", each)
+    assert tank.call("ksnap.clones") == []
+    assert "clone-" not in tank.run("zfs", "list", "-H", "-o", "name").stdout
+
+
 @ONE
 def test_encrypted_and_rolled_back_beside_a_copy(tank):
     """A copy of an encrypted stack opens with the same key, and lives through a rollback of its original."""

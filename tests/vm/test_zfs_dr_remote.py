@@ -70,6 +70,13 @@ def test_push_as_a_user_who_may_do_nothing_else(pair):
     done = replicate(source, PUSH, take=True)
     assert set(why(done).values()) == {"incremental"}
     assert same(source, done["snapshot"], target)
+    # With nothing to do, a glance is enough; the hold of the set's mark alone comes back, once it is gone.
+    mark = f"backup/dr@{done['snapshot']}"
+    for _ in range(2):
+        assert replicate(source, PUSH)["changed"] is False
+        assert mark in json.loads(source.read("/var/lib/zfs_dr/vault-web.last"))["state"]
+        assert holds(target, mark) == {(mark, "zfs_dr:web")}
+        target.run("zfs", "release", "zfs_dr:web", mark)
     # Nothing else goes through: no shell, no other command, no other dataset; nor has ZFS allowed it.
     for words in ("sh", "zfs destroy -r backup", "zfs receive -F backup/dr/a"):
         refused = source.run("ssh", "zfs_dr@target", words, check=False)
@@ -110,6 +117,7 @@ def test_pull_as_a_user_who_may_do_nothing_else(pair):
     first = take(source)
     done = replicate(target, PULL)
     assert done["snapshot"] == first and same(source, first, target)
+    assert replicate(target, PULL)["changed"] is False
     write(source, "more")
     second = take(source)
     for permission in ("send", "hold", "bookmark", "release", "destroy"):
