@@ -12,3 +12,10 @@ def lab():
     """A lab for the tests of one file. Whoever makes a host destroys it: tests of the next release may follow."""
     with Lab() as made:
         yield made
+
+
+def pytest_unconfigure():
+    """Drop what Salt keeps of the log for a handler to come: at exit it would write it to a stream that is closed."""
+    from salt._logging import shutdown_temp_handler
+
+    shutdown_temp_handler()
