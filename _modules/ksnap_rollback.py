@@ -202,7 +202,7 @@ def restore_aside(identifier, services=None, test=False):
         _refuse(sorted(present), family)
         former = _family(sorted(wanted["datasets"].values()))
         _refuse_keys(former)
-        fresh = _identifier()
+        fresh = _identifier(but=identifier)
         _refuse_length(family, fresh)
         plan = _plan("restore_aside", fresh, wanted["stack"], wanted["snapshot"], services, sorted(present), family)
         canmount = {name: value for name, value in plan["back"]["canmount"].items() if name not in present}
@@ -317,9 +317,13 @@ def _zfs(*words):
     return __salt__["ksnap.command"](["zfs", *words])
 
 
-def _identifier():
-    now = datetime.datetime.now(datetime.UTC)
-    return f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+def _identifier(but=None):
+    # The name that it makes is taken by another state aside once in 65,536 times, within the same second: then the
+    # renaming fails, and all is as it was. What is being restored is renamed itself, and must have another one.
+    made = but
+    while made == but:
+        made = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    return made
 
 
 def _one_aside(identifier):

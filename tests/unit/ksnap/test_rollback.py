@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import pathlib
 import types
 
@@ -16,12 +17,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[3] / "_modules"
 FILES = [f"ksnap_{name}" for name in ("command", "lock", "journal", "rollback", "list", "stack", "snapshot")]
 CODE = {file: compile((ROOT / f"{file}.py").read_text(), file, "exec") for file in FILES}
 
+# Here, rollbacks take milliseconds: so many are made in one second that their random parts would be the same at times.
+TOKENS = (f"{number % 65536:04x}" for number in itertools.count())
+
 
 class Machine:
     """The files of the module, loaded afresh as after each start, over one pool that stays."""
 
     def __init__(self, zfs, folder):
-        self.zfs, self.folder, self.halted = zfs, folder, []
+        self.zfs, self.folder, self.halted, self.tokens = zfs, folder, [], TOKENS
         self.start()
 
     def start(self):
@@ -39,6 +43,8 @@ class Machine:
             for name, function in list(vars(module).items()):
                 if callable(function) and not name.startswith("_"):
                     salt.setdefault(f"ksnap.{name.rstrip('_')}", function)
+            if file == "ksnap_rollback":
+                module.secrets = types.SimpleNamespace(token_hex=lambda size: next(self.tokens))
             if file == "ksnap_lock":
                 module.LOCK = str(self.folder / "lock")
             if file == "ksnap_journal":
@@ -138,6 +144,15 @@ def test_there_and_back_is_as_before(tmp_path):
     machine.call("discard_aside", second["aside"])
     assert view(zfs) == before
     assert not [key for has in zfs.datasets.values() for key in has.local if key.startswith("ksnap:")]
+
+
+def test_what_is_restored_and_what_it_takes_the_place_of_have_two_names(tmp_path):
+    zfs, members = rich()
+    machine = Machine(zfs, tmp_path)
+    machine.tokens = iter(["aaaa", "aaaa", "bbbb"])
+    first = machine.call("rollback", {"datasets": members}, "then")
+    assert machine.call("restore_aside", first["aside"])["aside"] != first["aside"]
+    assert shown(zfs, members) == {"now"}
 
 
 def count(kind):
