@@ -113,12 +113,8 @@ def be_create(name, source=None, snapshot=None, test=False):
         raise SaltInvocationError(f"The name of a boot environment is of letters, digits, and _.:-, not {name!r}")
     with __salt__["ksnap.locked"]():
         there = {each["name"]: each for each in be_list()}
-        if name in there:
-            raise SaltInvocationError(
-                f"There is a boot environment {name} already; ksnap.be_destroy, or take another name."
-            )
+        target = _free(name, there)
         origin = _one(source, there)
-        target = f"{_container()}/{name}"
         family = _family(origin["dataset"])
         if test:
             datasets = [target + each[len(origin["dataset"]) :] for each in family]
@@ -302,11 +298,9 @@ def be_rename(name, new):
     with __salt__["ksnap.locked"]():
         there = {each["name"]: each for each in be_list()}
         each = _one(name, there)
-        if new in there:
-            raise SaltInvocationError(f"There is a boot environment {new} already.")
+        target = _free(new, there)
         if each["running"]:
             raise CommandExecutionError(f"{name} is running; boot another one, then rename it.")
-        target = f"{_container()}/{new}"
         _zfs("rename", "-u", each["dataset"], target)
         return target
 
@@ -468,6 +462,21 @@ def _one(name, there=None):
     if name not in there:
         raise SaltInvocationError(f"There is no boot environment {name}; there are: {', '.join(there) or 'none'}")
     return there[name]
+
+
+def _free(name, there):
+    if name in there:
+        raise SaltInvocationError(
+            f"There is a boot environment {name} already; ksnap.be_destroy, or take another name."
+        )
+    container = _container()
+    target = f"{container}/{name}"
+    if target in _zfs("list", "-H", "-o", "name", "-d", "1", container).split("\n"):
+        raise SaltInvocationError(
+            f"{target} is there, and is no boot environment: its mountpoint is not /, as a power cut leaves what was "
+            f"being made. If nothing in it is needed, zfs destroy -r {target}; or take another name."
+        )
+    return target
 
 
 def _family(dataset):

@@ -55,6 +55,13 @@ def test_what_could_not_boot_is_refused(rooted):
     rooted.call("ksnap.be_create", "broken")
     refused("There is a boot environment broken already", "ksnap.be_create", "broken")
     refused("There is a boot environment debian already", "ksnap.be_rename", "broken", "debian")
+    # As a power cut leaves one: OpenZFS had made it, and not yet told it what it is.
+    rooted.sh("zfs snapshot rpool/ROOT/debian@cut; zfs clone rpool/ROOT/debian@cut rpool/ROOT/cut")
+    assert "cut" not in environments(rooted)
+    told = "rpool/ROOT/cut is there, and is no boot environment: .*, zfs destroy -r rpool/ROOT/cut;"
+    refused(told, "ksnap.be_create", "cut")
+    refused(told, "ksnap.be_rename", "broken", "cut")
+    rooted.sh("zfs destroy -R rpool/ROOT/debian@cut")
     refused("must be an absolute path, and empty", "ksnap.be_mount", "broken", "/etc")
     rooted.call("ksnap.be_mount", "broken", "/mnt")
     refused("is mounted at /mnt; ksnap.be_unmount first", "ksnap.be_destroy", "broken")
