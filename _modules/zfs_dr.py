@@ -342,7 +342,13 @@ def _replicate(sides, target, stack, datasets, snapshot, full, source, there):
             f"The datasets of {stack} have no snapshot set in common. Take one: ksnap.snapshot, or take=True."
         )
     _own(there, names, _machine(target), stack, base)
-    replicas = {name: entry for name, entry in there["replicas"].items() if _is_replica(name, entry)}
+    # A replica of another stack may hold the same snapshots, where one was made of a copy of the other.
+    replicas = {
+        name: entry
+        for name, entry in there["replicas"].items()
+        if _is_replica(name, entry)
+        and (name in names.values() or (entry["source"], entry["stack"]) == (_machine(target), stack))
+    }
     for entry in replicas.values():
         entry["token"] = __salt__["zfs_dr.token"](sides["source"], entry["token"]) if entry["token"] else None
     plan = __salt__["zfs_dr.choose"](source, replicas, wanted, names, full=full)
@@ -352,7 +358,7 @@ def _replicate(sides, target, stack, datasets, snapshot, full, source, there):
     work = any(step["acts"] for step in plan.values())
     moved, aside = {}, []
     if work:
-        _hold(sides["source"], datasets, wanted, f"zfs_dr:{target['id']}")
+        _hold(sides["source"], datasets, wanted, f"zfs_dr:{target['mark']}")
         aside = _prepare(sides["target"], base, plan, there)
         described = _described(sides, source)
         moved = _send(sides, target, stack, plan, source, wanted, described)
@@ -438,6 +444,7 @@ def _now():
 def _prepare(side, base, plan, there):
     # Everything that comes before the streams, and never destroys: renaming, setting aside, giving up stale parts.
     made, stamp = [], _now()
+    kinds = {name: entry["type"] for name, entry in there["replicas"].items()}
 
     def zfs(*argv):
         __salt__["zfs_dr.run"](side, ["zfs", *argv])
@@ -449,24 +456,31 @@ def _prepare(side, base, plan, there):
                 renames[act[1]] = step["replica"]
     for step in plan.values():
         if step["acts"][:1] == [["aside", None]] and ["rename"] in [act[:1] for act in step["acts"]]:
-            zfs("rename", "-u", f"{base}/{step['replica']}", f"{base}/{step['replica']}.aside-{stamp}")
-            made.append(f"{base}/{step['replica']}.aside-{stamp}")
+            replica = f"{base}/{step['replica']}"
+            zfs(*_renamed(kinds[step["replica"]], replica, f"{replica}.aside-{stamp}"))
+            made.append(f"{replica}.aside-{stamp}")
             step["acts"].pop(0)
     for old in renames:
-        zfs("rename", "-u", f"{base}/{old}", f"{base}/{old}.moving")
+        zfs(*_renamed(kinds[old], f"{base}/{old}", f"{base}/{old}.moving"))
     for old, new in renames.items():
-        zfs("rename", "-u", f"{base}/{old}.moving", f"{base}/{new}")
+        zfs(*_renamed(kinds[old], f"{base}/{old}.moving", f"{base}/{new}"))
     for step in plan.values():
         replica = f"{base}/{step['replica']}"
         for act in step["acts"]:
             if act[0] == "abort":
                 zfs("receive", "-A", replica)
             elif act[0] == "aside":
-                made.append(__salt__["zfs_dr.set_aside"](side, replica, act[1], stamp))
+                kind = kinds.get(step["replica"]) or kinds[next(o for o, n in renames.items() if n == step["replica"])]
+                made.append(__salt__["zfs_dr.set_aside"](side, replica, act[1], stamp, kind))
     return made
 
 
-def set_aside(side, replica, snapshot, stamp=None):
+def _renamed(kind, name, new):
+    # -u, which keeps it from being mounted, is for file systems alone.
+    return ["rename", *(["-u"] if kind == "filesystem" else []), name, new]
+
+
+def set_aside(side, replica, snapshot, stamp=None, kind="filesystem"):
     """
     Take a replica back to one of its snapshots, and keep all that it had beyond it under another name.
 
@@ -478,6 +492,8 @@ def set_aside(side, replica, snapshot, stamp=None):
         (string) The name of the snapshot, what is after the @; with ``None`` the replica as a whole is renamed.
     stamp
         (string) The end of the other name. Default: the time, in UTC.
+    kind
+        (string) ``filesystem`` or ``volume``, which the replica is. Default: ``filesystem``.
 
     Returns the name under which it is kept: ``<replica>.aside-<stamp>``. It shares its blocks with the replica.
 
@@ -496,11 +512,11 @@ def set_aside(side, replica, snapshot, stamp=None):
         return __salt__["zfs_dr.run"](side, ["zfs", *argv])
 
     if snapshot is None:
-        zfs("rename", "-u", replica, kept)
+        zfs(*_renamed(kind, replica, kept))
         return kept
     options = [word for pair in _own_properties(zfs, replica) for word in ("-o", pair)]
     zfs("clone", *options, f"{replica}@{snapshot}", new)
-    _switch(zfs, replica, new, kept)
+    _switch(zfs, kind, replica, new, kept)
     return kept
 
 
@@ -514,10 +530,10 @@ def _own_properties(zfs, replica):
     return [f"{name}={value}" for name, value in {**guards, **marks}.items()]
 
 
-def _switch(zfs, replica, new, kept):
+def _switch(zfs, kind, replica, new, kept):
     zfs("promote", new)
-    zfs("rename", "-u", replica, kept)
-    zfs("rename", "-u", new, replica)
+    zfs(*_renamed(kind, replica, kept))
+    zfs(*_renamed(kind, new, replica))
 
 
 def mend(side, base, there):
@@ -549,14 +565,14 @@ def mend(side, base, there):
         replica, kept = f"{base}/{match[1]}", f"{base}/{match[1]}.aside-{match[2]}"
         mended = True
         if match[1] not in there["replicas"]:
-            zfs("rename", "-u", f"{base}/{name}", replica)
+            zfs(*_renamed(entry["type"], f"{base}/{name}", replica))
         elif entry["origin"] and entry["origin"].startswith(f"{replica}@"):
             # A cut may come between a clone and its properties: OpenZFS sets them after it was made.
             zfs("set", *_own_properties(zfs, replica), f"{base}/{name}")
-            _switch(zfs, replica, f"{base}/{name}", kept)
+            _switch(zfs, entry["type"], replica, f"{base}/{name}", kept)
         else:
-            zfs("rename", "-u", replica, kept)
-            zfs("rename", "-u", f"{base}/{name}", replica)
+            zfs(*_renamed(entry["type"], replica, kept))
+            zfs(*_renamed(entry["type"], f"{base}/{name}", replica))
     return __salt__["zfs_dr.target_listing"](side, base) if mended else there
 
 
@@ -649,7 +665,7 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
         _hold_there(sides["target"], base, [step["replica"] for step in plan.values()], wanted, tag)
     held = {name: next(s for s in entry["snapshots"] if s["name"] == wanted)["held"] for name, entry in source.items()}
     if not work and not all(held.values()):
-        _hold(sides["source"], list(source), wanted, f"zfs_dr:{target['id']}")
+        _hold(sides["source"], list(source), wanted, f"zfs_dr:{target['mark']}")
     _bookmark(sides["source"], target, source, guids, wanted)
     others = [each for each in there["sets"] if each["held"] and each["name"] != wanted and each["stack"] == stack]
     partial = {
@@ -667,7 +683,7 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
     replaced = any(known[name] not in (None, entry["guid"]) for name, entry in source.items())
     if sides["source"] is None and (replaced or any(".aside-" in name for name in replicas)):
         # A rollback sets a source's state aside with the set before, and its hold; nobody needs that any more.
-        __salt__["zfs_dr.release_asides"](list(source), f"zfs_dr:{target['id']}")
+        __salt__["zfs_dr.release_asides"](list(source), f"zfs_dr:{target['mark']}")
 
 
 def _let_go(side, target, source, wanted):
@@ -678,14 +694,15 @@ def _let_go(side, target, source, wanted):
             if snapshot["held"] and snapshot["name"] != wanted:
                 held.setdefault(snapshot["name"], []).append(name)
     for snapshot, datasets in held.items():
-        _hold(side, datasets, snapshot, f"zfs_dr:{target['id']}", "release")
+        _hold(side, datasets, snapshot, f"zfs_dr:{target['mark']}", "release")
 
 
 def _bookmark(side, target, source, guids, wanted):
-    prefix = f"zfs_dr-{target['id']}-"
+    prefix = f"zfs_dr-{target['mark']}-"
     pools, old = {}, []
     for name, entry in source.items():
-        ours = [mark for mark in entry["bookmarks"] if mark["name"].startswith(prefix)]
+        # Another target's name may begin with this one's.
+        ours = [mark for mark in entry["bookmarks"] if mark["name"].startswith(f"{prefix}ksnap-")]
         if all(mark["guid"] != guids[name] for mark in ours):
             pools.setdefault(name.split("/")[0], []).extend([f"{name}@{wanted}", f"{name}#{prefix}{wanted}"])
             old += [f"{name}#{mark['name']}" for mark in ours[: 1 - MARKS or None]] if len(ours) >= MARKS else []

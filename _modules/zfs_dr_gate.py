@@ -47,6 +47,7 @@ RULES = {
         f"zfs (hold|release) -r {TAG} {{b}}@{NAME}",
         f"zfs hold {TAG} {{b}}@{NAME} ({{b}}/{NAME}@{NAME})+",
         f"zfs rename -u {{b}}/{NAME} {{b}}/{NAME}",
+        f"zfs rename {{b}}/{NAME} {{b}}/{NAME}",
         f"zfs clone (-o {RECEIVED})* {{b}}/{NAME}@{NAME} {{b}}/{NAME}",
         f"zfs promote {{b}}/{NAME}",
         f"zfs inherit zfs_dr:promoted {{b}}/{NAME}",
@@ -143,13 +144,33 @@ def _main(grants, asked):
         return _lock(*commands[0][1:])
     if "for" in prefix:
         os.environ["ZFS_DR_FOR"] = prefix["for"]
-    if prefix.get("through", "none") != "none":
-        return _through(COMPRESS[prefix["through"]], commands[0])
+    through = prefix.get("through", "none")
+    if commands[0][:3] == ["zfs", "receive", "-s"]:
+        return _received(COMPRESS.get(through), commands[0])
+    if through != "none":
+        return _through(COMPRESS[through], commands[0])
     for argv in commands[:-1]:
         code = subprocess.run(argv, check=False).returncode
         if code:
             return code
     return os.execvp(commands[-1][0], commands[-1])
+
+
+def _received(programs, argv):
+    # A stream may carry properties, and datasets below the one that is named: a mountpoint of the sender's choice would
+    # be mounted at this machine's next start.
+    code = _through(programs, argv) if programs else subprocess.run(argv, check=False).returncode
+    listing = ["zfs", "list", "-H", "-r", "-t", "filesystem", "-o", "name,canmount,mountpoint", argv[-1]]
+    done = subprocess.run(listing, check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for line in done.stdout.decode().splitlines():
+        name, canmount, mountpoint = line.split("\t")
+        if name != argv[-1]:
+            sys.stderr.write(f"{name}: not permitted by the gate: a stream of more than one dataset\n")
+            code = 126
+        if canmount == "on" or (name != argv[-1] and mountpoint.startswith("/")):
+            done = subprocess.run(["zfs", "set", "canmount=noauto", "mountpoint=none", name], check=False)
+            code = done.returncode or code
+    return code
 
 
 def _through(programs, argv):

@@ -174,7 +174,7 @@ def recover(base, stack, where=None, how="rehearse", snapshot=None, force=False,
             chosen = _chosen(base, stack, snapshot, there)
             replicas = _replicas(there, stack, chosen)
             _load_keys(base, replicas, keys or {})
-            mounts, unmounted = _promote(base, replicas, chosen["snapshot"], where)
+            mounts, unmounted = _promote(base, replicas, chosen["snapshot"], where, keys or {})
         lost = (failed or max(alive["seen"], chosen["taken"])) - chosen["taken"]
     return {
         "snapshot": chosen["snapshot"],
@@ -196,7 +196,9 @@ def _chosen(base, stack, snapshot, there):
         whole = [each for each in whole if each["snapshot"] == snapshot]
     if not whole:
         there_are = ", ".join(each["snapshot"] for each in found if each["whole"]) or "none"
-        raise CommandExecutionError(f"There is no such whole set of {stack} in {base}; whole are: {there_are}")
+        asides = [f"{base}/{n}" for n, e in there["replicas"].items() if e["stack"] == stack and ".aside-" in n]
+        kept = f". What was set aside has data, too: {', '.join(sorted(asides))}" if asides else ""
+        raise CommandExecutionError(f"There is no such whole set of {stack} in {base}; whole are: {there_are}{kept}")
     return whole[-1]
 
 
@@ -255,6 +257,9 @@ def _places(base, replicas, where):
             unmounted[name] = "a volume"
         elif not point.startswith("/"):
             unmounted[name] = f"its mountpoint is {point}"
+        elif os.path.normpath(point) != point:
+            # ZFS allows no such mountpoint: who wrote this may have meant to get out of ``where``.
+            unmounted[name] = f"its mountpoint is told as {point}, which is no plain path"
         elif told.get("canmount") == "off":
             unmounted[name] = "its canmount is off"
         elif not where and (told.get("canmount") == "noauto" or point == "/"):
@@ -349,7 +354,7 @@ def end_rehearsal(base, id):
     _zfs("destroy", "-r", parent)
 
 
-def _promote(base, replicas, snapshot, where):
+def _promote(base, replicas, snapshot, where, keys):
     names = {name: f"{base}/{name}" for name in replicas}
     # This comes first: from here on no replication touches them, whatever happens to us.
     _zfs("set", f"zfs_dr:promotion={time.time():.6f}", base)
@@ -360,7 +365,9 @@ def _promote(base, replicas, snapshot, where):
         beyond = entry["snapshots"][-1]["name"] != snapshot or entry["written"]
         # One that serves already was written to since, and rightly.
         if beyond and entry["readonly"] == "on":
-            __salt__["zfs_dr.set_aside"](None, names[name], snapshot)
+            __salt__["zfs_dr.set_aside"](None, names[name], snapshot, kind=entry["type"])
+    # What took a replica's place has the same key, and it is not loaded there.
+    _load_keys(base, replicas, keys)
     places, unmounted = _places(base, replicas, where)
     for name, entry in replicas.items():
         pairs = _restored(entry)
@@ -432,8 +439,8 @@ def failback(stack, target, services=None):
         (string or dict) As :func:`zfs_dr_side.target` takes it. Over ssh, the key must be granted ``source:<base>``
         there.
     services
-        (list of strings) As :func:`ksnap.rollback` takes it: stopped while the datasets change, then started. Default:
-        the stack's.
+        (list of strings) As :func:`ksnap.rollback` takes it: stopped while the datasets change; those that ran are
+        started when all is there, and stay stopped where it fails. Default: the stack's.
 
     Returns a dict: ``snapshot`` (the set at which both sides are the same now), ``since``, ``bytes``, ``seconds`` and
     ``aside`` (under which name :func:`ksnap.aside` lists what the source had, or ``None`` where it had nothing of its
@@ -474,16 +481,19 @@ def _failback(sides, target, stack, name, datasets, services):
         raise CommandExecutionError(f"The replicas in {base} serve yet. Stop what uses them, then zfs_dr.demote there")
     lacking = [dataset for dataset, entry in source.items() if since not in [s["name"] for s in entry["snapshots"]]]
     done = all(entry["snapshots"] and entry["snapshots"][-1]["name"] == wanted for entry in source.values())
-    if lacking:
+    if lacking and not done:
         raise CommandExecutionError(
             f"{', '.join(lacking)} has no {since}, from which the replicas went on: receive them in full"
         )
     aside, moved = None, 0
     if not done:
-        behind = [d for d, e in source.items() if e["snapshots"][-1]["name"] not in (since, wanted) or e["written"]]
-        if behind:
-            aside = __salt__["ksnap.rollback"](stack, since, services=services)
-        moved = _bring(sides, target, name, replicas, source, since, wanted, bool(behind))
+        with _stopped(__salt__["ksnap.stack"](stack)["services"] if services is None else services):
+            # They wrote until now.
+            source = __salt__["zfs_dr.source_listing"](None, datasets)
+            behind = [d for d, e in source.items() if e["snapshots"][-1]["name"] not in (since, wanted) or e["written"]]
+            if behind:
+                aside = __salt__["ksnap.rollback"](stack, since, services=services)
+            moved = _bring(sides, target, name, replicas, source, since, wanted, bool(behind))
     guids = {dataset: entry["snapshots"][-1]["guid"] for dataset, entry in replicas.items()}
     now = __salt__["zfs_dr.source_listing"](None, datasets)
     if any(entry["snapshots"][-1]["guid"] != guids[dataset] for dataset, entry in now.items()):
@@ -496,16 +506,36 @@ def _failback(sides, target, stack, name, datasets, services):
     return {"snapshot": wanted, "since": since, "bytes": moved, "aside": aside}
 
 
+@contextlib.contextmanager
+def _stopped(services):
+    ran = [each for each in services if __salt__["service.status"](each)]
+    try:
+        for each in ran:
+            if not __salt__["service.stop"](each):
+                raise CommandExecutionError(f"The service {each} did not stop; see its log.")
+        yield
+    except CommandExecutionError as error:
+        if not ran:
+            raise
+        after = f"Stopped for this, and to be started once failback came to its end: {', '.join(reversed(ran))}"
+        raise CommandExecutionError(f"{error}\n{after}") from error
+    failed = [each for each in reversed(ran) if not __salt__["service.start"](each)]
+    if failed:
+        raise CommandExecutionError(f"All was brought back, but these services did not start: {', '.join(failed)}")
+
+
 def _bring(sides, target, name, replicas, source, since, wanted, rolled_back):
     base, jobs = target["dataset"], []
     rows = [
         line.split("\t") for line in _zfs("list", "-Hp", "-o", "name,mounted,mountpoint,canmount", *source).splitlines()
     ]
-    mounted = sorted((row for row in rows if row[1] == "yes"), key=lambda row: row[2].count("/"))
-    # What is mounted may be written to, if only by its access times, and would not take the stream.
-    for dataset, *_ in reversed(mounted):
-        _zfs("unmount", dataset)
+    mounted = sorted((row for row in rows if row[1] == "yes"), key=lambda row: -row[2].count("/"))
+    unmounted = []
     try:
+        # What is mounted may be written to, if only by its access times, and would not take the stream.
+        for dataset, *_ in mounted:
+            _zfs("unmount", dataset)
+            unmounted.append(dataset)
         for dataset, entry in replicas.items():
             if not rolled_back and source[dataset]["snapshots"][-1]["name"] == wanted:
                 continue
@@ -523,6 +553,6 @@ def _bring(sides, target, name, replicas, source, since, wanted, rolled_back):
         results = __salt__["zfs_dr.streams"](jobs, parallel=target["parallel"], bandwidth=target["bandwidth"])
         __salt__["zfs_dr.check_streams"](results)
     finally:
-        for dataset, *_ in mounted:
+        for dataset in reversed(unmounted):
             _zfs("mount", dataset)
     return sum(each["bytes"] for each in results.values())

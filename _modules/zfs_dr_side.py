@@ -90,7 +90,8 @@ def target(target):
         (string or dict) The name of a target of the configuration (``zfs_dr:targets``), or a target itself, a dict
         with the keys above and ``name``. ``grid`` (string) is what :func:`zfs_dr_target.prune` keeps.
 
-    Returns the dict, complete. ``id`` is what marks its holds and bookmarks: the name, or without one the place.
+    Returns the dict, complete. ``id`` is the name, or without one the place; ``mark`` is what its holds and bookmarks
+    at the source are called by: the same, and with ``pull`` also who pulls, since two machines may call theirs alike.
 
     Raises ``SaltInvocationError`` for a name that is not declared, and with every mistake in a target.
 
@@ -141,6 +142,8 @@ def target(target):
     place = made["dataset"] if made["direction"] == "pull" or not made["ssh"] else f"{made['ssh']}:{made['dataset']}"
     made["id"] = name or re.sub(r"[^A-Za-z0-9_.:-]", ":", place)
     made["name"] = name
+    puller = re.sub(r"[^A-Za-z0-9_.:-]", ":", str(__grains__["id"]))[:100]
+    made["mark"] = f"{made['id']}:{puller}" if made["direction"] == "pull" else made["id"]
     return made
 
 

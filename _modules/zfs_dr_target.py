@@ -13,6 +13,7 @@ __virtualname__ = "zfs_dr"
 
 STATE = "/var/lib/zfs_dr"
 ASIDE = re.compile(r".+\.aside-\d{8}T\d{6}Z")
+PART = 100
 
 
 def __virtual__():
@@ -88,8 +89,9 @@ def prune(base, stack, grid=None, count=None, test=False):
     test
         (bool) Destroy nothing, only tell. Default: False.
 
-    Returns a dict: ``kept`` and ``destroyed``, each a dict of set to reason. The newest whole set always stays, and so
-    does what is held or has a clone (a rehearsal).
+    Returns a dict: ``kept`` and ``destroyed``, each a dict of set to reason; of sets that never became whole, what is
+    there of them goes once a newer one is. The newest whole set always stays, and so does what is held or has a clone
+    (a rehearsal).
 
     Raises ``SaltInvocationError`` without a grid and a count, ``CommandExecutionError`` when ZFS refuses.
 
@@ -116,30 +118,49 @@ def prune(base, stack, grid=None, count=None, test=False):
             kept[name] = f"the one for the age of {interval}"
         else:
             destroyed[name] = "not kept by " + " and ".join(filter(None, [grid and "the grid", count and "the count"]))
+    for name in _left_over(there, stack, whole):
+        destroyed[name] = "it never became whole, and a newer one did"
     replicas = {
         name: [s["name"] for s in entry["snapshots"] if s["name"] in destroyed]
         for name, entry in there["replicas"].items()
         if entry["stack"] == stack and not ASIDE.fullmatch(name)
     }
-    doomed = {"": list(destroyed), **{f"/{name}": names for name, names in replicas.items()}}
+    marks = [each["snapshot"] for each in found if each["snapshot"] in destroyed]
+    doomed = {"": marks, **{f"/{name}": names for name, names in replicas.items()}}
     for name, why in _in_use(base, doomed).items():
         kept[name] = why
         del destroyed[name]
     # The marks go first: what is whole is never a part of what it was.
     for place, names in doomed.items():
         gone = [name for name in names if name in destroyed]
-        if gone and not test:
-            __salt__["ksnap.command"](["zfs", "destroy", f"{base}{place}@{','.join(gone)}"])
+        for part in [] if test else _parts(gone):
+            __salt__["ksnap.command"](["zfs", "destroy", f"{base}{place}@{','.join(part)}"])
     return {"kept": kept, "destroyed": destroyed}
+
+
+def _left_over(there, stack, whole):
+    # Sets of which some replicas have their part, and the base no mark: what broke off, and was overtaken.
+    marked = {mark["name"] for mark in there["sets"]}
+    found = []
+    for name, entry in there["replicas"].items():
+        names = [s["name"] for s in entry["snapshots"]]
+        if whole and entry["stack"] == stack and not ASIDE.fullmatch(name) and whole[-1]["snapshot"] in names:
+            older = names[: names.index(whole[-1]["snapshot"])]
+            found += [each for each in older if each.startswith("ksnap-") and each not in marked]
+    return dict.fromkeys(found)
+
+
+def _parts(names):
+    # The kernel takes no word of more than 128 KiB, nor 2 MiB of them.
+    return [names[at : at + PART] for at in range(0, len(names), PART)]
 
 
 def _in_use(base, doomed):
     # What is held, and what a clone stands on, as a rehearsal or what was set aside does.
     names = [f"{base}{place}@{name}" for place, found in doomed.items() for name in found]
-    if not names:
-        return {}
+    argv = ["zfs", "list", "-Hp", "-o", "name,userrefs,clones"]
     why = {}
-    for line in __salt__["ksnap.command"](["zfs", "list", "-Hp", "-o", "name,userrefs,clones", *names]).splitlines():
+    for line in "".join(__salt__["ksnap.command"]([*argv, *part]) for part in _parts(names)).splitlines():
         name, held, clones = line.split("\t")
         if held not in ("0", "-"):
             why[name.partition("@")[2]] = f"{name} is held"
@@ -189,7 +210,8 @@ def discard_aside(name):
     name
         (string) As :func:`asides` names it.
 
-    Raises ``SaltInvocationError`` for another name, ``CommandExecutionError`` when something still depends on it.
+    Raises ``SaltInvocationError`` for another name, ``CommandExecutionError`` when something still depends on it, and
+    while the replica in its place has not arrived whole.
 
     CLI Example:
 
@@ -200,6 +222,13 @@ def discard_aside(name):
     base, _, short = name.rpartition("/")
     if not base or not ASIDE.fullmatch(short):
         raise SaltInvocationError(f"{name} is nothing that was set aside; zfs_dr.asides lists that")
+    replica = short.rpartition(".aside-")[0]
+    other = _here(base)["replicas"].get(replica)
+    if other and (other["token"] or not other["snapshots"]):
+        raise CommandExecutionError(
+            f"{name} was not destroyed: {base}/{replica}, which is to replace it, has not arrived whole, so this may "
+            "be the only copy. Let zfs_dr.replicate come to its end first."
+        )
     _release_all(name)
     __salt__["ksnap.command"](["zfs", "destroy", "-r", name])
 
@@ -282,7 +311,7 @@ def forget(stack, target, test=False):
         sides, told["unreachable"] = {"source": None, "target": None}, str(error)
     try:
         source = __salt__["zfs_dr.source_listing"](sides["source"], datasets)
-        tag, prefix = f"zfs_dr:{target['id']}", f"zfs_dr-{target['id']}-"
+        tag, prefix = f"zfs_dr:{target['mark']}", f"zfs_dr-{target['mark']}-"
         held = [f"{dataset}@{s['name']}" for dataset, entry in source.items() for s in entry["snapshots"] if s["held"]]
         if held:
             lines = __salt__["zfs_dr.run"](sides["source"], ["zfs", "holds", "-H", *held]).splitlines()
@@ -293,7 +322,7 @@ def forget(stack, target, test=False):
             f"{dataset}#{mark['name']}"
             for dataset, entry in source.items()
             for mark in entry["bookmarks"]
-            if mark["name"].startswith(prefix)
+            if mark["name"].startswith(f"{prefix}ksnap-")
         ]
         if sides["source"] is None:
             told["released"] += release_asides(datasets, tag, test)

@@ -195,3 +195,48 @@ def test_several_pools(here):
     for name in stack["datasets"]:
         assert len(snapshots(here, name, "bookmark")) == 2
     here.run("zpool", "destroy", "fast")
+
+
+def test_a_volume_is_set_aside_and_renamed_as_a_file_system_is(here):
+    def send(name):
+        return here.call("zfs_dr.replicate", {"name": "disk", "datasets": [name]}, VAULT, take=True)
+
+    here.sh("zfs create -s -V 8M tank/disk")
+    first, second = send("tank/disk"), send("tank/disk")
+    back = "zfs release zfs_dr:vault tank/disk@$1; zfs rollback -r tank/disk@$2"
+    here.sh(back, second["snapshot"], first["snapshot"])
+    third = send("tank/disk")
+    assert "set aside" in third["datasets"]["tank/disk"]["why"] and third["aside"]
+    here.sh("zfs rename tank/disk tank/drive")
+    moved = send("tank/drive")
+    assert moved["datasets"]["tank/drive"]["replica"] == "backup/dr/tank:drive" and moved["aside"] == []
+    # The source is lost while the next set is on its way.
+    here.sh(
+        "zfs snapshot tank/drive@next; zfs send -w -i @$1 tank/drive@next | zfs receive -u backup/dr/tank:drive; "
+        "zpool export tank", moved["snapshot"],
+    )  # fmt: skip
+    done = here.call("zfs_dr.recover", "backup/dr", "disk", how="promote", silence=0)
+    assert done["snapshot"] == moved["snapshot"] == snapshots(here, "backup/dr/tank:drive")[-1]
+
+
+def test_a_stack_made_of_a_copy_has_a_replica_of_its_own(here):
+    first = replicate(here, take=True)
+    here.sh("zfs send backup/dr/tank:mail@$1 | zfs receive -o readonly=off tank/copy", first["snapshot"])
+    done = here.call("zfs_dr.replicate", {"name": "copy", "datasets": ["tank/copy"]}, VAULT, take=True)
+    assert done["datasets"]["tank/copy"]["why"] == "full: it is not at the target yet" and done["aside"] == []
+    assert same(here, first["snapshot"])
+    assert set(why(replicate(here, take=True)).values()) == {"incremental"}
+
+
+def test_what_was_set_aside_is_kept_until_the_other_is_whole(here):
+    first = replicate(here, take=True)
+    aside = here.call("zfs_dr.set_aside", None, "backup/dr/tank:mail", None, "20261125T222408Z")
+    here.sh(f"zfs send -Lec tank/mail@$1 | head -c 100000 | zfs receive -s -u {NEW} backup/dr/tank:mail || true",
+            first["snapshot"])  # fmt: skip
+    with pytest.raises(CommandExecutionError, match="tank:mail, which is to replace it, has not arrived whole"):
+        here.call("zfs_dr.discard_aside", aside)
+    with pytest.raises(CommandExecutionError, match=f"What was set aside has data, too: {aside}"):
+        here.call("zfs_dr.recover", "backup/dr", "web", "/mnt/rehearsal")
+    assert why(replicate(here))["mail"] == "resumed" and same(here, first["snapshot"])
+    here.call("zfs_dr.discard_aside", aside)
+    assert here.call("zfs_dr.asides", "backup/dr") == []

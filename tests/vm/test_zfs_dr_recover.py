@@ -53,6 +53,11 @@ def test_a_rehearsal_is_writable_and_leaves_nothing(here):
     here.call("zfs_dr.end_rehearsal", "backup/dr", done["id"])
     assert here.call("zfs_dr.rehearsals", "backup/dr") == []
     assert "rehearsal" not in here.run("zfs", "list", "-H", "-o", "name", "-r", "backup").stdout
+    # A mountpoint that would lead out of the directory is not followed.
+    here.run("zfs", "set", 'zfs_dr:properties={"mountpoint": "/../../etc"}', "backup/dr/tank:web:db")
+    done = recover(here, "/mnt/rehearsal")
+    assert list(done["mounts"].values()) == ["/mnt/rehearsal/srv/web"]
+    assert done["unmounted"] == {"tank:web:db": "its mountpoint is told as /../../etc, which is no plain path"}
 
 
 def test_promoted_demoted_and_brought_back(here):
@@ -120,3 +125,57 @@ def test_an_encrypted_replica_leaves_and_comes_back_without_its_key_at_the_targe
     here.sh(again, second["snapshot"], first["snapshot"])
     third = here.call("zfs_dr.replicate", stack, VAULT, take=True)
     assert "set aside" in third["datasets"]["tank/secret"]["why"] and third["aside"]
+
+
+def test_an_encrypted_replica_that_is_beyond_the_set_is_promoted(here):
+    here.put("/root/key", "correct horse battery staple")
+    here.sh("zfs create -o encryption=on -o keyformat=passphrase -o keylocation=file:///root/key tank/secret")
+    here.sh("echo hidden > /tank/secret/file")
+    first = here.call("zfs_dr.replicate", {"name": "secret", "datasets": ["tank/secret"]}, VAULT, take=True)
+    here.sh("""
+        echo more > /tank/secret/more; zfs snapshot tank/secret@next
+        zfs send -w -i @$1 tank/secret@next | zfs receive -u backup/dr/tank:secret; zpool export tank
+        """, first["snapshot"])  # fmt: skip
+    keys = {"tank/secret": "/root/key"}
+    done = here.call("zfs_dr.recover", "backup/dr", "secret", how="promote", silence=0, keys=keys)
+    assert done["mounts"] == {"backup/dr/tank:secret": "/tank/secret"}
+    assert here.sh("cd /tank/secret; echo *; cat file").stdout == "file\nhidden\n"
+
+
+def test_a_source_that_was_received_anew_is_one_again(here):
+    replicate(here, take=True)
+    here.sh("zpool export tank")
+    recover(here, how="promote", silence=0)
+    here.sh("echo two > /srv/web/db/file")
+    demoted = here.call("zfs_dr.demote", "backup/dr", "web")["snapshot"]
+    here.sh("""
+        zpool create -f tank $1
+        zfs send backup/dr/tank:web@$2 | zfs receive -o mountpoint=/srv/web tank/web
+        zfs send backup/dr/tank:web:db@$2 | zfs receive tank/web/db
+        """, here.devices[0], demoted)  # fmt: skip
+    back = here.call("zfs_dr.failback", STACK, VAULT)
+    assert (back["snapshot"], back["bytes"], back["aside"]) == (demoted, 0, None)
+    assert here.read("/srv/web/db/file") == "two\n"
+    again = replicate(here, take=True)
+    assert all(each["why"] == "incremental" for each in again["datasets"].values())
+
+
+def test_services_stand_still_while_all_is_brought_back(here):
+    here.put(
+        "/etc/systemd/system/writer.service",
+        "[Service]\nWorkingDirectory=/srv/web\n"
+        "ExecStart=/bin/sh -c 'while :; do echo x >> /srv/web/db/log; sleep 0.1; done'\n",
+    )
+    replicate(here, take=True)
+    here.sh("zpool export tank")
+    recover(here, how="promote", silence=0)
+    here.sh("echo two > /srv/web/db/file")
+    demoted = here.call("zfs_dr.demote", "backup/dr", "web")
+    # The source came back, and what it is for began to serve.
+    here.sh("zpool import -d /dev/disk/by-id tank; systemctl daemon-reload; systemctl start writer; sleep 1")
+    back = here.call("zfs_dr.failback", STACK, VAULT, services=["writer"])
+    assert back["snapshot"] == demoted["snapshot"] and back["aside"]
+    assert here.read("/srv/web/db/file") == "two\n"
+    assert here.run("systemctl", "is-active", "writer").stdout == "active\n"
+    here.sh("systemctl stop writer; rm /etc/systemd/system/writer.service; systemctl daemon-reload")
+    assert set(here.sh("cat /srv/web/db/log").stdout.split()) == {"x"}

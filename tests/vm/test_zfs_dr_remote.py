@@ -83,6 +83,15 @@ def test_push_as_a_user_who_may_do_nothing_else(pair):
         assert refused.returncode == 126 and "not permitted by the gate" in refused.stderr
     for argv in (["destroy", "-r", "backup/dr"], ["set", "compression=off", "backup/dr"]):
         assert target.run("zfs", *argv, user="zfs_dr", check=False).returncode
+    # A stream with properties, or datasets, of its own has nothing mounted there, now or at the next start.
+    source.sh("zfs create -o mountpoint=/srv/x tank/x; zfs create -o mountpoint=/srv/y tank/x/y")
+    source.sh("zfs snapshot -r tank/x@x")
+    for kind, code in (("-p", 0), ("-R", 126)):
+        name = f"backup/dr/x{kind}"
+        sent = source.sh(f"zfs send {kind} tank/x@x | ssh zfs_dr@target zfs receive -s -u {name}", check=False)
+        assert sent.returncode == code, sent.stderr
+        shown = target.run("zfs", "list", "-H", "-r", "-o", "canmount,mountpoint", name).stdout.splitlines()
+        assert shown == ["noauto\tnone"] * (1 if code == 0 else 2)
     # The key is given up: that is told, and nothing was changed.
     target.call("zfs_dr.authorize", "zfs_dr", public_key(source), [])
     with pytest.raises(CommandExecutionError, match=r"(?s)Permission denied.*apply zfs_dr.target there"):
@@ -129,7 +138,10 @@ def test_pull_as_a_user_who_may_do_nothing_else(pair):
         second = take(source)
     done = replicate(target, PULL)
     assert set(why(done).values()) == {"incremental"}
-    assert {tag for name, tag in holds(source, f"tank/web@{second}")} == {"zfs_dr:vault"}
+    # Another machine may call its target alike; its holds and bookmarks are others.
+    mark = f"vault:{target.call('grains.get', 'id')}"
+    assert {tag for name, tag in holds(source, f"tank/web@{second}")} == {f"zfs_dr:{mark}"}
+    assert {name.partition("-ksnap-")[0] for name in snapshots(source, "tank/web", "bookmark")} == {f"zfs_dr-{mark}"}
     with pytest.raises(SaltInvocationError, match="take is for a stack of this machine"):
         replicate(target, PULL, take=True)
     for words in ("zfs destroy tank/web", "zfs receive tank/web", "zfs send -R tank/web@x", "zfs list"):
