@@ -31,6 +31,7 @@ RECEIVED = rf"(readonly=on|canmount=noauto|mountpoint=none|{PAIR})"
 COLUMNS = r"[a-z_:,]+"
 TOKEN = r"1-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+"
 TAG = rf"zfs_dr:{NAME}"
+RECEIVE = ["zfs", "receive", "-s"]
 # {d} is any dataset of the key's; {b} is one base itself; a word with * may come any number of times, with + at least
 # once.
 RULES = {
@@ -134,7 +135,8 @@ def _asked(text):
 def _main(grants, asked):
     prefix, commands = _asked(asked)
     for argv in commands:
-        if not permitted(grants, argv):
+        # What is received is looked at afterwards, so nothing else may go with it.
+        if not permitted(grants, argv) or (len(commands) > 1 and argv[:3] == RECEIVE):
             shown = " ".join(argv)[:200].encode("ascii", "backslashreplace").decode()
             sys.stderr.write(f"not permitted by the gate: {shown}\n")
             return 126
@@ -145,7 +147,7 @@ def _main(grants, asked):
     if "for" in prefix:
         os.environ["ZFS_DR_FOR"] = prefix["for"]
     through = prefix.get("through", "none")
-    if commands[0][:3] == ["zfs", "receive", "-s"]:
+    if commands[0][:3] == RECEIVE:
         return _received(COMPRESS.get(through), commands[0])
     if through != "none":
         return _through(COMPRESS[through], commands[0])

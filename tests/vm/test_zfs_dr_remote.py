@@ -92,6 +92,9 @@ def test_push_as_a_user_who_may_do_nothing_else(pair):
         assert sent.returncode == code, sent.stderr
         shown = target.run("zfs", "list", "-H", "-r", "-o", "canmount,mountpoint", name).stdout.splitlines()
         assert shown == ["noauto\tnone"] * (1 if code == 0 else 2)
+    behind = "zfs get -H -o value receive_resume_token backup/dr/x-p\nzfs receive -s -u backup/dr/z"
+    sent = source.sh('zfs send -p tank/x@x | ssh zfs_dr@target "$1"', behind, check=False)
+    assert sent.returncode == 126 and target.run("zfs", "list", "backup/dr/z", check=False).returncode
     # The key is given up: that is told, and nothing was changed.
     target.call("zfs_dr.authorize", "zfs_dr", public_key(source), [])
     with pytest.raises(CommandExecutionError, match=r"(?s)Permission denied.*apply zfs_dr.target there"):
