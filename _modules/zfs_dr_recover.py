@@ -488,7 +488,8 @@ def _failback(sides, target, stack, name, datasets, services):
     aside, moved = None, 0
     if not done:
         with _stopped(__salt__["ksnap.stack"](stack)["services"] if services is None else services):
-            # They wrote until now.
+            # They wrote until now; what is not in a transaction group yet does not count as written.
+            __salt__["ksnap.command"](["zpool", "sync", *{dataset.split("/")[0] for dataset in datasets}])
             source = __salt__["zfs_dr.source_listing"](None, datasets)
             behind = [d for d, e in source.items() if e["snapshots"][-1]["name"] not in (since, wanted) or e["written"]]
             if behind:
