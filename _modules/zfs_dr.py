@@ -6,20 +6,18 @@ A machine's datasets elsewhere
 the target's own dataset carries a snapshot of its name. What goes is chosen by :mod:`zfs_dr_choice`, moved by
 :mod:`zfs_dr_stream`, over the sides of :mod:`zfs_dr_side`. All of them are functions of the one module ``zfs_dr``.
 
-At the source, the last whole set is held (tag ``zfs_dr:<target>``) and bookmarked (``#zfs_dr-<target>-<set>``); at the
-target it is held (tag ``zfs_dr:<stack>``). So no pruning, on either side, makes a full send necessary.
+The last whole set is held at the target (tag ``zfs_dr:<stack>``), and held and bookmarked at the source
+(:mod:`zfs_dr_keep`). So no pruning, on either side, makes a full send necessary.
 """
 
 import contextlib
 import datetime
 import fcntl
-import glob
 import json
 import os
 import re
 import select
 import subprocess
-import sys
 import threading
 import time
 
@@ -28,19 +26,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "zfs_dr"
 
 RUN = "/run/zfs_dr"
-STATE = "/var/lib/zfs_dr"
 BEAT = 5.0  # seconds; the target takes four times that without one for our death
-MARKS = 2  # bookmarks of a dataset that stay for a target
-# All bookmarks of a set in one transaction group (zfs-program(8)); one that is there already is no error.
-BOOKMARK = """
-args = ...
-for at = 1, #args["argv"], 2 do
-    failed = zfs.sync.bookmark(args["argv"][at], args["argv"][at + 1])
-    if failed ~= 0 and failed ~= EEXIST then
-        error(args["argv"][at + 1] .. ": error " .. failed)
-    end
-end
-"""
 DATASET = r"[A-Za-z][A-Za-z0-9_.:-]*(/[A-Za-z0-9_.:-]+)*"
 KNOWN = {"zfs_dr:dataset_guid": "origin_guid"}  # properties that target_listing has under another name
 GUARDS = {"readonly": "on", "canmount": "noauto", "mountpoint": "none"}  # of a replica; a volume is not mounted
@@ -183,59 +169,6 @@ def _beat(stdin, over):
             return
 
 
-# What is going on, for status and for the bus
-
-
-def _path(target, stack, kind):
-    folder = RUN if kind == "running" else STATE
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    return os.path.join(folder, f"{_key(target['id'], stack)}.{kind}")
-
-
-def _write(path, data):
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(data, file)
-    os.replace(f"{path}.new", path)
-
-
-def _read(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def _progress(target, stack, snapshot):
-    path = _path(target, stack, "running")
-
-    def tell(data):
-        rate = data["bytes"] / data["seconds"] if data["seconds"] else 0.0
-        left = (data["expected"] - data["bytes"]) / rate if rate else None
-        data = {**data, "snapshot": snapshot, "rate": rate, "left": left, "time": time.time()}
-        _write(path, data)
-        _fire(f"zfs_dr/{target['id']}/{stack}/progress", data)
-        if sys.stderr.isatty():
-            share = 100 * data["bytes"] // (data["expected"] or 1)
-            sys.stderr.write(
-                f"\r{stack} to {target['id']}: {data['done']} of {data['streams']} datasets, "
-                f"{data['bytes'] >> 20} MiB, {share} %, {rate / 1048576:.1f} MiB/s "
-            )
-            if data["done"] == data["streams"]:
-                sys.stderr.write("\n")
-            sys.stderr.flush()
-
-    return tell
-
-
-def _fire(tag, data):
-    # Without a minion there is no bus, and Salt would look for it for a second each time. Nor is it a failure of a
-    # replication that nobody listens.
-    if glob.glob(os.path.join(glob.escape(__opts__["sock_dir"]), "minion_event_*_pull.ipc")):
-        with contextlib.suppress(Exception):
-            __salt__["event.fire"](data, tag)
-
-
 # Replication
 
 
@@ -289,33 +222,41 @@ def replicate(stack, target, snapshot=None, full=False, take=False):
             finally:
                 __salt__["zfs_dr.disconnect"](sides)
         except (CommandExecutionError, SaltInvocationError) as error:
-            before = _read(_path(target, name, "last"))
-            _write(_path(target, name, "last"), {**before, "error": str(error), "failed": time.time()})
-            _fire(f"zfs_dr/{target['id']}/{name}/failed", {"error": str(error)})
+            before = __salt__["zfs_dr.noted"](target, name)
+            __salt__["zfs_dr.note"](target, name, {**before, "error": str(error), "failed": time.time()})
+            __salt__["zfs_dr.fire"](target, name, "failed", {"error": str(error)})
             raise
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(_path(target, name, "running"))
+            __salt__["zfs_dr.note"](target, name, None, "running")
     done["seconds"] = time.time() - begun
     last = {key: done[key] for key in ("snapshot", "bytes", "seconds")}
     now = time.time()
     noted = {**noted, "taken": now - done["age"], "done": now, "error": None}
-    _write(_path(target, name, "last"), {**last, **noted})
+    __salt__["zfs_dr.note"](target, name, {**last, **noted})
     if done["changed"]:
-        _fire(f"zfs_dr/{target['id']}/{name}/whole", last)
+        __salt__["zfs_dr.fire"](target, name, "whole", last)
     return done
 
 
 def _brought(sides, target, stack, datasets, guids, snapshot, full, take):
     # What was noted at the end of the last one says that it came to its end, with all that is held and let go then.
-    last, base, names = _read(_path(target, stack, "last")), target["dataset"], _names(target, datasets)
+    last, base, names = __salt__["zfs_dr.noted"](target, stack), target["dataset"], _names(target, datasets)
     source = there = None
     if not (full or (snapshot and not take) or last.get("error") or not last.get("snapshot")):
         if not take and __salt__["zfs_dr.nothing_new"](sides, base, datasets, guids, last):
             return _already_there(base, names, last), {key: last[key] for key in ("guids", "state")}
         source, there = __salt__["zfs_dr.since"](sides, base, stack, names, last["snapshot"])
-    done, guids = _replicate(sides, target, stack, datasets, snapshot, full, source, there)
-    return done, {"guids": guids, "state": __salt__["zfs_dr.state"](sides["target"], base, done["snapshot"])}
+    try:
+        done, guids = _replicate(sides, target, stack, datasets, snapshot, full, source, there, last)
+    except CommandExecutionError as error:
+        # OpenZFS adds nothing to a raw replica of which somebody took a snapshot, and only a closer look sees that.
+        if there is None or "has been modified" not in str(error):
+            raise
+        done, guids = _replicate(sides, target, stack, datasets, snapshot, full, None, None, last)
+    state = __salt__["zfs_dr.state"](sides["target"], base, done["snapshot"])
+    # Somebody may have written to a replica that was there while another one was still under way.
+    still = __salt__["zfs_dr.as_received"](sides["target"], base, names.values(), done["snapshot"])
+    return done, {"guids": guids, "state": state if still else None}
 
 
 def _already_there(base, names, last):
@@ -330,8 +271,8 @@ def _already_there(base, names, last):
     }
 
 
-def _replicate(sides, target, stack, datasets, snapshot, full, source, there):
-    base = target["dataset"]
+def _replicate(sides, target, stack, datasets, snapshot, full, source, there, last):
+    base, stamp = target["dataset"], _now()
     names = _names(target, datasets)
     if not source:
         source, there = __salt__["zfs_dr.listings"](sides, datasets, base)
@@ -346,24 +287,31 @@ def _replicate(sides, target, stack, datasets, snapshot, full, source, there):
     replicas = {
         name: entry
         for name, entry in there["replicas"].items()
-        if _is_replica(name, entry)
+        if not (__salt__["zfs_dr.beside"](name) or entry["rehearsal"])
         and (name in names.values() or (entry["source"], entry["stack"]) == (_machine(target), stack))
     }
-    for entry in replicas.values():
+    for name, entry in there["replicas"].items():
+        of, kind, *_ = __salt__["zfs_dr.beside"](name) or ("", "")
+        if kind == "coming" and of in replicas:
+            replicas[of]["coming"] = {**entry, "name": name}
+    for entry in [*replicas.values(), *(each["coming"] for each in replicas.values() if "coming" in each)]:
         entry["token"] = __salt__["zfs_dr.token"](sides["source"], entry["token"]) if entry["token"] else None
-    plan = __salt__["zfs_dr.choose"](source, replicas, wanted, names, full=full)
+    plan = __salt__["zfs_dr.choose"](source, replicas, wanted, names, full=full, stamp=stamp)
     refused = [step["why"] for step in plan.values() if step["refused"]]
     if refused:
         raise CommandExecutionError("Nothing was sent: " + "\n".join(refused))
     work = any(step["acts"] for step in plan.values())
     moved, aside = {}, []
     if work:
-        _hold(sides["source"], datasets, wanted, f"zfs_dr:{target['mark']}")
-        aside = _prepare(sides["target"], base, plan, there)
+        __salt__["zfs_dr.hold"](sides["source"], target, datasets, wanted)
+        aside = _prepare(sides["target"], base, plan, there, source, stamp)
         described = _described(sides, source)
         moved = _send(sides, target, stack, plan, source, wanted, described)
         _mark(sides, target, stack, plan, source, there, described)
     _complete(sides, target, stack, plan, source, there, wanted, work)
+    # The set is whole, so what was replaced is needed no more.
+    aside += _replaced(sides["target"], base, plan, there, source, stamp)
+    __salt__["zfs_dr.keep"](sides["source"], target, source, wanted, last)
     taken = next(s["creation"] for s in source[datasets[0]]["snapshots"] if s["name"] == wanted)
     done = {
         "snapshot": wanted,
@@ -381,10 +329,6 @@ def _replicate(sides, target, stack, datasets, snapshot, full, source, there):
         "aside": aside,
     }
     return done, {name: entry["guid"] for name, entry in source.items()}
-
-
-def _is_replica(name, entry):
-    return not (re.search(r"\.(aside|new)-\d{8}T\d{6}", name) or entry["rehearsal"])
 
 
 def _own(there, names, machine, stack, base):
@@ -405,73 +349,77 @@ def _own(there, names, machine, stack, base):
             )
 
 
-def _hold(side, datasets, snapshot, tag, verb="hold"):
-    # Those of one pool by one call, in one transaction group; nothing but this set has such a name.
-    pools = {}
-    for dataset in datasets:
-        pools.setdefault(dataset.split("/")[0], []).append(dataset)
-    for members in pools.values():
-        if side is None and len(members) > 1:
-            top = os.path.commonpath(members)
-            code, *_ = __salt__["zfs_dr.run"](side, ["zfs", verb, "-r", tag, f"{top}@{snapshot}"], code=True)
-            if not code:
-                continue
-        argv = ["zfs", verb, tag, *(f"{dataset}@{snapshot}" for dataset in members)]
-        _run_but(side, argv, "tag already exists|no such tag")
-
-
 def _hold_there(side, base, replicas, snapshot, tag):
     # With -r it is all or nothing: one that is held already keeps the others from it.
     code, *_ = __salt__["zfs_dr.run"](side, ["zfs", "hold", "-r", tag, f"{base}@{snapshot}"], code=True)
     if code:
         names = [f"{base}@{snapshot}", *(f"{base}/{replica}@{snapshot}" for replica in replicas)]
-        _run_but(side, ["zfs", "hold", tag, *names], "tag already exists")
+        __salt__["zfs_dr.run_but"](side, ["zfs", "hold", tag, *names], "tag already exists")
 
 
-def _run_but(side, argv, harmless):
-    """Run a command; of what it complains of, lines with ``harmless`` (a pattern) are no failure."""
-    code, _, errors = __salt__["zfs_dr.run"](side, argv, code=True)
-    wrong = [line for line in errors.splitlines() if not re.search(harmless, line)]
-    if code and wrong:
-        said = "\n".join(wrong)
-        raise CommandExecutionError(f"{' '.join(argv)[:300]} failed: {said}{__salt__['zfs_dr.advice'](said)}")
+REPLACE = ["replace"]
 
 
 def _now():
     return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
-def _prepare(side, base, plan, there):
+def _prepare(side, base, plan, there, source, stamp):
     # Everything that comes before the streams, and never destroys: renaming, setting aside, giving up stale parts.
-    made, stamp = [], _now()
-    kinds = {name: entry["type"] for name, entry in there["replicas"].items()}
+    made, kinds = [], _kinds(plan, there)
 
     def zfs(*argv):
         __salt__["zfs_dr.run"](side, ["zfs", *argv])
 
-    renames = {}
-    for step in plan.values():
-        for act in step["acts"]:
-            if act[0] == "rename":
-                renames[act[1]] = step["replica"]
-    for step in plan.values():
-        if step["acts"][:1] == [["aside", None]] and ["rename"] in [act[:1] for act in step["acts"]]:
-            replica = f"{base}/{step['replica']}"
-            zfs(*_renamed(kinds[step["replica"]], replica, f"{replica}.aside-{stamp}"))
-            made.append(f"{replica}.aside-{stamp}")
+    def aside(kind, name, snapshot=None):
+        made.append(__salt__["zfs_dr.set_aside"](side, f"{base}/{name}", snapshot, stamp, kind))
+
+    for dataset, step in plan.items():
+        for act in [act for act in step["acts"] if act[0] == "drop"]:
+            if there["replicas"][act[1]]["snapshots"]:
+                aside(source[dataset]["type"], act[1])
+            else:
+                zfs("receive", "-A", f"{base}/{act[1]}")
+        if step["acts"][:1] == [["aside", None]] and _old(step) != step["replica"]:
+            aside(there["replicas"][step["replica"]]["type"], step["replica"])
             step["acts"].pop(0)
-    for old in renames:
-        zfs(*_renamed(kinds[old], f"{base}/{old}", f"{base}/{old}.moving"))
-    for old, new in renames.items():
-        zfs(*_renamed(kinds[old], f"{base}/{old}.moving", f"{base}/{new}"))
-    for step in plan.values():
-        replica = f"{base}/{step['replica']}"
+    moved = [(dataset, _old(step), step["replica"]) for dataset, step in plan.items() if _old(step) != step["replica"]]
+    for dataset, old, _ in moved:
+        zfs(*_renamed(kinds[dataset], f"{base}/{old}", f"{base}/{old}.moving"))
+    for dataset, old, new in moved:
+        zfs(*_renamed(kinds[dataset], f"{base}/{old}.moving", f"{base}/{new}"))
+        coming = there["replicas"][old].get("coming")
+        if coming and REPLACE in plan[dataset]["acts"]:
+            zfs(*_renamed(coming["type"], f"{base}/{coming['name']}", f"{base}/{plan[dataset]['place']}"))
+    for dataset, step in plan.items():
+        name, kind = step["replica"], kinds[dataset]
         for act in step["acts"]:
-            if act[0] == "abort":
-                zfs("receive", "-A", replica)
+            if act == REPLACE:
+                name, kind = step["place"], source[dataset]["type"]
+            elif act[0] == "abort":
+                zfs("receive", "-A", f"{base}/{name}")
             elif act[0] == "aside":
-                kind = kinds.get(step["replica"]) or kinds[next(o for o, n in renames.items() if n == step["replica"])]
-                made.append(__salt__["zfs_dr.set_aside"](side, replica, act[1], stamp, kind))
+                aside(kind, name, act[1])
+    return made
+
+
+def _old(step):
+    return next((act[1] for act in step["acts"] if act[0] == "rename"), step["replica"])
+
+
+def _kinds(plan, there):
+    # What each replica is that there is: one that is replaced may be another thing than what comes.
+    return {dataset: there["replicas"].get(_old(step), {}).get("type") for dataset, step in plan.items()}
+
+
+def _replaced(side, base, plan, there, source, stamp):
+    made, kinds = [], _kinds(plan, there)
+    for dataset, step in plan.items():
+        if step["place"] != step["replica"]:
+            replica = f"{base}/{step['replica']}"
+            made.append(__salt__["zfs_dr.set_aside"](side, replica, None, stamp, kinds[dataset]))
+            argv = _renamed(source[dataset]["type"], f"{base}/{step['place']}", replica)
+            __salt__["zfs_dr.run"](side, ["zfs", *argv])
     return made
 
 
@@ -538,8 +486,8 @@ def _switch(zfs, kind, replica, new, kept):
 
 def mend(side, base, there):
     """
-    End what a power cut left of :func:`set_aside`. Replicas on their way to another name need no mending: they are
-    found by what they hold, as all are.
+    End what a power cut left of :func:`set_aside`, or between a set and the names of what came to replace a replica.
+    Replicas on their way to another name need no mending: they are found by what they hold, as all are.
 
     side
         (dict or None) One of what :func:`zfs_dr_side.connect` returns; ``None`` is this machine.
@@ -559,21 +507,29 @@ def mend(side, base, there):
     # Its name tells what it was about to become.
     mended = False
     for name, entry in list(there["replicas"].items()):
-        match = re.fullmatch(r"(.+)\.new-(\d{8}T\d{6}Z)", name)
-        if not match:
+        of, kind, stamp = __salt__["zfs_dr.beside"](name) or ("", "", "")
+        replica, kept = f"{base}/{of}", f"{base}/{of}.aside-{stamp}"
+        if kind == "coming" and of in there["replicas"] and not _whole(there, entry):
             continue
-        replica, kept = f"{base}/{match[1]}", f"{base}/{match[1]}.aside-{match[2]}"
+        if kind not in ("new", "coming"):
+            continue
         mended = True
-        if match[1] not in there["replicas"]:
+        if of not in there["replicas"]:
             zfs(*_renamed(entry["type"], f"{base}/{name}", replica))
-        elif entry["origin"] and entry["origin"].startswith(f"{replica}@"):
+        elif kind == "new" and entry["origin"] and entry["origin"].startswith(f"{replica}@"):
             # A cut may come between a clone and its properties: OpenZFS sets them after it was made.
             zfs("set", *_own_properties(zfs, replica), f"{base}/{name}")
             _switch(zfs, entry["type"], replica, f"{base}/{name}", kept)
         else:
-            zfs(*_renamed(entry["type"], replica, kept))
+            zfs(*_renamed(there["replicas"][of]["type"], replica, kept))
             zfs(*_renamed(entry["type"], f"{base}/{name}", replica))
     return __salt__["zfs_dr.target_listing"](side, base) if mended else there
+
+
+def _whole(there, entry):
+    # What came is a part of a set that was marked as whole.
+    marks = {each["name"] for each in there["sets"] if each["stack"] == entry["stack"]}
+    return bool(entry["snapshots"]) and not entry["token"] and entry["snapshots"][-1]["name"] in marks
 
 
 def _size(dataset, start, end):
@@ -597,10 +553,10 @@ def _send(sides, target, stack, plan, source, wanted, described):
             for act in step["acts"]:
                 if act[0] == kind:
                     marks = _marks(target, stack, source[dataset], described[dataset])
-                    jobs.append(_job(sides, target, stack, dataset, source[dataset], step["replica"], act, marks))
+                    jobs.append(_job(sides, target, stack, dataset, source[dataset], step["place"], act, marks))
         if not jobs:
             continue
-        tell = _progress(target, stack, wanted)
+        tell = __salt__["zfs_dr.progress"](target, stack, wanted)
         results = __salt__["zfs_dr.streams"](
             jobs, parallel=target["parallel"], bandwidth=target["bandwidth"], progress=tell
         )
@@ -662,11 +618,10 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
         options = [word for key, value in properties.items() for word in ("-o", f"zfs_dr:{key}={value}")]
         __salt__["zfs_dr.run"](sides["target"], ["zfs", "snapshot", *options, f"{base}@{wanted}"])
     if mark is None or not mark["held"]:
-        _hold_there(sides["target"], base, [step["replica"] for step in plan.values()], wanted, tag)
+        _hold_there(sides["target"], base, [step["place"] for step in plan.values()], wanted, tag)
     held = {name: next(s for s in entry["snapshots"] if s["name"] == wanted)["held"] for name, entry in source.items()}
     if not work and not all(held.values()):
-        _hold(sides["source"], list(source), wanted, f"zfs_dr:{target['mark']}")
-    _bookmark(sides["source"], target, source, guids, wanted)
+        __salt__["zfs_dr.hold"](sides["source"], target, source, wanted)
     others = [each for each in there["sets"] if each["held"] and each["name"] != wanted and each["stack"] == stack]
     partial = {
         s["name"]
@@ -676,43 +631,8 @@ def _complete(sides, target, stack, plan, source, there, wanted, work):
     }
     for name in sorted({each["name"] for each in others} | partial):
         # Replicas that came later do not have it, nor what was set aside.
-        _run_but(sides["target"], ["zfs", "release", "-r", tag, f"{base}@{name}"], "no such tag|does not exist")
-    _let_go(sides["source"], target, source, wanted)
-    replicas = there["replicas"]
-    known = {name: replicas.get(plan[name]["replica"], {}).get("origin_guid") for name in source}
-    replaced = any(known[name] not in (None, entry["guid"]) for name, entry in source.items())
-    if sides["source"] is None and (replaced or any(".aside-" in name for name in replicas)):
-        # A rollback sets a source's state aside with the set before, and its hold; nobody needs that any more.
-        __salt__["zfs_dr.release_asides"](list(source), f"zfs_dr:{target['mark']}")
-
-
-def _let_go(side, target, source, wanted):
-    # The sets before: held for this target no longer. Others' holds stay: they have other tags.
-    held = {}
-    for name, entry in source.items():
-        for snapshot in entry["snapshots"]:
-            if snapshot["held"] and snapshot["name"] != wanted:
-                held.setdefault(snapshot["name"], []).append(name)
-    for snapshot, datasets in held.items():
-        _hold(side, datasets, snapshot, f"zfs_dr:{target['mark']}", "release")
-
-
-def _bookmark(side, target, source, guids, wanted):
-    prefix = f"zfs_dr-{target['mark']}-"
-    pools, old = {}, []
-    for name, entry in source.items():
-        # Another target's name may begin with this one's.
-        ours = [mark for mark in entry["bookmarks"] if mark["name"].startswith(f"{prefix}ksnap-")]
-        if all(mark["guid"] != guids[name] for mark in ours):
-            pools.setdefault(name.split("/")[0], []).extend([f"{name}@{wanted}", f"{name}#{prefix}{wanted}"])
-            old += [f"{name}#{mark['name']}" for mark in ours[: 1 - MARKS or None]] if len(ours) >= MARKS else []
-    for pool, pairs in pools.items():
-        if side is None:
-            __salt__["ksnap.command"](["zfs", "program", pool, "-", *pairs], stdin=BOOKMARK)
-        else:
-            made = [["zfs", "bookmark", *pairs[at : at + 2]] for at in range(0, len(pairs), 2)]
-            __salt__["zfs_dr.run_all"](side, made, target["parallel"])
-    __salt__["zfs_dr.run_all"](side, [["zfs", "destroy", mark] for mark in old], target["parallel"])
+        argv = ["zfs", "release", "-r", tag, f"{base}@{name}"]
+        __salt__["zfs_dr.run_but"](sides["target"], argv, "no such tag|does not exist")
 
 
 def _described(sides, source):
@@ -745,13 +665,14 @@ def _mark(sides, target, stack, plan, source, there, described):
     # What was received anew has its marks; of the others, those that differ, or that a cut kept from arriving.
     commands = []
     for name, entry in source.items():
-        replica = plan[name]["replica"]
-        if ["send", None] in [act[:2] for act in plan[name]["acts"]]:
+        step = plan[name]
+        if ["send", None] in [act[:2] for act in step["acts"]]:
             continue
         marks = _marks(target, stack, entry, described[name])
-        known = there["replicas"].get(replica, {})
+        known = there["replicas"].get(step["replica"], {})
+        known = known.get("coming", {}) if step["place"] != step["replica"] else known
         has = {key: str(known.get(KNOWN.get(key) or key.removeprefix("zfs_dr:"))) for key in marks}
         pairs = [f"{key}={value}" for key, value in marks.items() if has[key] != value and key != "mountpoint"]
         if pairs:
-            commands.append(["zfs", "set", *pairs, f"{target['dataset']}/{replica}"])
+            commands.append(["zfs", "set", *pairs, f"{target['dataset']}/{step['place']}"])
     __salt__["zfs_dr.run_all"](sides["target"], commands, target["parallel"])

@@ -6,8 +6,11 @@ Nothing here touches ZFS: given what the source has and what the target has, :fu
 target up to the source's snapshot set, dataset by dataset.
 
 Snapshots are the same when their guid is; names, creation times and clocks decide nothing. What would have to be
-destroyed at the target before it could receive is set aside there instead.
+destroyed at the target before it could receive is set aside there instead. A replica that nothing can be added to stays
+until the one that replaces it has arrived whole, under another name.
 """
+
+import re
 
 from salt.exceptions import SaltInvocationError
 
@@ -16,6 +19,26 @@ __virtualname__ = "zfs_dr"
 
 def __virtual__():
     return __virtualname__
+
+
+def beside(name):
+    """
+    Tell what stands beside a replica, by its name. Pure.
+
+    name
+        (string) A dataset's name at the target, without the base: ``<replica>.<kind>-<time>``. ``aside`` is what was
+        set aside, ``new`` what is about to take the replica's place, ``coming`` what is received to replace it.
+
+    Returns a list of the replica's name, the kind and the time, as text; an empty one for a replica itself.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.beside tank:web.aside-20261125T222408Z
+    """
+    match = re.fullmatch(r"(.+)\.(aside|new|coming)-(\d{8}T\d{6}Z)", name)
+    return list(match.groups()) if match else []
 
 
 def newest_set(datasets, prefix="ksnap-"):
@@ -61,7 +84,9 @@ def _matched(datasets, replicas, names):
     known = {name: _by_guid(dataset) for name, dataset in datasets.items()}
 
     def shared(name, replica):
-        return [s["createtxg"] for s in replicas[replica]["snapshots"] if s["guid"] in known[name]]
+        entry = replicas[replica]
+        history = entry["snapshots"] + (entry["coming"]["snapshots"] if entry.get("coming") else [])
+        return [s["createtxg"] for s in history if s["guid"] in known[name]]
 
     matched, free = {}, set(replicas)
     for name in datasets:
@@ -81,8 +106,11 @@ def _matched(datasets, replicas, names):
     return matched
 
 
+REPLACE = ["replace"]
+
+
 def _refused(replica, why):
-    return {"replica": replica, "acts": [], "why": why, "refused": True}
+    return {"replica": replica, "place": replica, "acts": [], "why": why, "refused": True}
 
 
 def _one(name, dataset, wanted, replica, target, full):
@@ -122,7 +150,7 @@ def _one(name, dataset, wanted, replica, target, full):
         return acts, "already there"
     if not there:
         made_anew = target.get("origin_guid") not in (None, dataset["guid"])
-        if not (made_anew or full):
+        if not (made_anew or full or target.get("coming")):
             return (
                 f"{name} and its replica {replica} have no snapshot and no bookmark in common any more, so only a full "
                 "send would help. If that is wanted, call again with full=True: the replica is set aside, not lost."
@@ -132,7 +160,7 @@ def _one(name, dataset, wanted, replica, target, full):
             if made_anew
             else "nothing in common, and full=True"
         )
-        return [*acts, ["aside", None], ["send", None, wanted["name"]]], f"full: {why}; the old replica is set aside"
+        return [*acts, REPLACE, ["send", None, wanted["name"]]], f"full: {why}; the old replica is set aside"
     common = there[-1]
     kind, base = known[common["guid"]]
     if base["createtxg"] >= wanted["createtxg"]:
@@ -149,7 +177,23 @@ def _one(name, dataset, wanted, replica, target, full):
     return [*acts, ["send", f"{name}{kind}{base['name']}", wanted["name"]]], why
 
 
-def choose(datasets, replicas, snapshot, names, full=False):
+def _with_coming(name, dataset, wanted, replica, target, full):
+    # What is received to replace a replica is brought up as one is; where that one can be gone on with, it is given up.
+    chosen, coming = _one(name, dataset, wanted, replica, target, full), target.get("coming")
+    if isinstance(chosen, str) or not coming:
+        return chosen
+    acts, why = chosen
+    if REPLACE not in acts:
+        return [["drop", coming["name"]], *acts], why
+    there = _one(name, dataset, wanted, coming["name"], coming, True)
+    if isinstance(there, str):
+        return there
+    acts, gone_on = there
+    acts = [["aside", None] if act == REPLACE else act for act in acts]
+    return [REPLACE, *acts], f"{why}; to replace it: {gone_on}"
+
+
+def choose(datasets, replicas, snapshot, names, full=False, stamp=""):
     """
     Decide what brings the replicas of some datasets to one snapshot. Pure: two listings go in, a plan comes out.
 
@@ -159,7 +203,8 @@ def choose(datasets, replicas, snapshot, names, full=False):
     replicas
         (dict) The target's side: name to a dict of ``snapshots`` (the same), ``written`` (bytes since the newest),
         ``token`` (``None``, or a dict with the guids ``to`` and ``from``, 0 for a full send), ``origin_guid`` (the guid
-        of the dataset that it was made from, or ``None``) and ``promoted`` (bool).
+        of the dataset that it was made from, or ``None``), ``promoted`` (bool) and, where one is being received to
+        replace it, ``coming`` (a dict of the same, and its ``name``).
     snapshot
         (string) The name of the set, what is after the @. Every dataset must have it.
     names
@@ -167,11 +212,15 @@ def choose(datasets, replicas, snapshot, names, full=False):
     full
         (bool) Whether a full send is allowed where nothing is left in common. Default: False. A dataset that has
         never been there, and one that was made anew under its old name, are sent in full in any case.
+    stamp
+        (string) The time, with which the name of a replacement ends. Default: none.
 
-    Returns a dict, dataset to ``replica`` (name), ``refused`` (bool), ``why`` (string) and ``acts``, a list to be done
-    in order:
+    Returns a dict, dataset to ``replica`` (name), ``place`` (the name of what receives: the replica's, or that of what
+    is to replace it), ``refused`` (bool), ``why`` (string) and ``acts``, a list to be done in order:
 
     - ``[rename, old]``: the replica has another name yet
+    - ``[drop, name]``: what was to replace the replica is of no use any more
+    - ``[replace]``: what follows is done to the place, which takes the replica's name when the set is whole
     - ``[abort]``: throw away a partial transfer that is of no use any more
     - ``[aside, snapshot]``: set aside what the replica has beyond that snapshot, or with ``None`` all of the replica
     - ``[resume, snapshot]``: go on with the partial transfer, which ends at that snapshot
@@ -196,6 +245,7 @@ def choose(datasets, replicas, snapshot, names, full=False):
         if found is None:
             plan[name] = {
                 "replica": replica,
+                "place": replica,
                 "acts": [["send", None, snapshot]],
                 "why": "full: it is not at the target yet",
                 "refused": False,
@@ -209,7 +259,7 @@ def choose(datasets, replicas, snapshot, names, full=False):
                 "first: zfs_dr.demote there, then zfs_dr.failback here.",
             )
             continue
-        chosen = _one(name, dataset, wanted, found, target, full)
+        chosen = _with_coming(name, dataset, wanted, found, target, full)
         if isinstance(chosen, str):
             plan[name] = _refused(found, chosen)
             continue
@@ -217,9 +267,14 @@ def choose(datasets, replicas, snapshot, names, full=False):
         if found != replica:
             acts = [["rename", found], *acts]
             why += f"; {found} was renamed, as its dataset was"
-        plan[name] = {"replica": replica, "acts": acts, "why": why, "refused": False}
+        place = _coming_name(replica, target.get("coming"), stamp) if REPLACE in acts else replica
+        plan[name] = {"replica": replica, "place": place, "acts": acts, "why": why, "refused": False}
     _make_room(plan, replicas)
     return plan
+
+
+def _coming_name(replica, coming, stamp):
+    return f"{replica}.coming-{beside(coming['name'])[2] if coming else stamp}"
 
 
 def _make_room(plan, replicas):

@@ -32,6 +32,7 @@ COLUMNS = r"[a-z_:,]+"
 TOKEN = r"1-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+"
 TAG = rf"zfs_dr:{NAME}"
 RECEIVE = ["zfs", "receive", "-s"]
+RESUME = ["zfs", "send", "-t"]
 # {d} is any dataset of the key's; {b} is one base itself; a word with * may come any number of times, with + at least
 # once.
 RULES = {
@@ -134,14 +135,15 @@ def _asked(text):
 
 def _main(grants, asked):
     prefix, commands = _asked(asked)
+    os.environ.clear()
+    os.environ.update(PATH=PATH, LC_ALL="C.UTF-8")
     for argv in commands:
         # What is received is looked at afterwards, so nothing else may go with it.
-        if not permitted(grants, argv) or (len(commands) > 1 and argv[:3] == RECEIVE):
+        alone = argv[:3] != RECEIVE or len(commands) == 1
+        if not (permitted(grants, argv) and alone and (argv[:3] != RESUME or _own(grants, argv[3]))):
             shown = " ".join(argv)[:200].encode("ascii", "backslashreplace").decode()
             sys.stderr.write(f"not permitted by the gate: {shown}\n")
             return 126
-    os.environ.clear()
-    os.environ.update(PATH=PATH, LC_ALL="C.UTF-8")
     if commands[0][0] == "lock":
         return _lock(*commands[0][1:])
     if "for" in prefix:
@@ -156,6 +158,27 @@ def _main(grants, asked):
         if code:
             return code
     return os.execvp(commands[-1][0], commands[-1])
+
+
+def _own(grants, token):
+    # ZFS takes a token's snapshot by its guid from anywhere in the pool, and asks only what the user may do, whose
+    # other keys may be granted other datasets.
+    done = subprocess.run(["zfs", "send", "-nvt", token], check=False, capture_output=True)
+    said = (done.stdout + done.stderr).decode(errors="replace")
+    told = dict(re.findall(r"^\s*(toguid|toname) = (.+)$", said, re.MULTILINE))
+    granted = [each.partition(":")[2] for each in grants if each.startswith("source:")]
+    within = rf"({'|'.join(map(re.escape, granted))})(/{NAME})*@{NAME}"
+    if "toguid" not in told:
+        return False
+    guid = str(int(told["toguid"], 16))
+    # Its name is the one that it had; only where that is another one by now, all are to be looked at.
+    named = [[told["toname"]]] if re.fullmatch(within, told.get("toname", "")) else []
+    return any(guid in _guids(words) for words in [*named, ["-r", *granted]])
+
+
+def _guids(words):
+    argv = ["zfs", "list", "-Hp", "-t", "snapshot", "-o", "guid", *words]
+    return subprocess.run(argv, check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode().split()
 
 
 def _received(programs, argv):

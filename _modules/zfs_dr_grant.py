@@ -3,9 +3,8 @@ What another machine may do here
 ================================
 
 A replication over ssh needs a user without privileges, whose key starts nothing but the gate (:mod:`zfs_dr_gate`), and
-whom OpenZFS itself allows exactly what the gate lets through (zfs-allow(8)). Both walls stand alone, but for one thing:
-the gate takes any resume token, and what may be sent by it only OpenZFS decides, which knows the user and not the key.
-So machines that may not see each other's data need a user each.
+whom OpenZFS itself allows exactly what the gate lets through (zfs-allow(8)). For one key, both walls stand alone;
+between keys that share a user there is the gate only, since OpenZFS knows the user.
 """
 
 import os

@@ -305,6 +305,31 @@ def run(side, argv, code=False):
     return _output(side, argv, done)
 
 
+def run_but(side, argv, harmless):
+    """
+    Run a command of ZFS on a side, of whose complaints some are none.
+
+    side
+        (dict or None) One of what :func:`connect` returns; ``None`` is this machine.
+    argv
+        (list) The command.
+    harmless
+        (string) A pattern: a line of errors with it is no failure.
+
+    Raises ``CommandExecutionError`` when it fails with any other.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.run_but null '[zfs, hold, mine, tank/web@a]' 'tag already exists'
+    """
+    code, _, errors = run(side, argv, code=True)
+    wrong = [line for line in errors.splitlines() if not re.search(harmless, line)]
+    if code and wrong:
+        raise CommandExecutionError(_failure(" ".join(argv)[:300], code, "\n".join(wrong)))
+
+
 def run_all(side, commands, parallel=4):
     """
     Run many commands of ZFS on a side: here several at once, on another machine in one session, one after the other.
@@ -478,7 +503,7 @@ TARGET = [
 REPLICA = ("type", "origin", "source", "stack", "properties", "readonly", "canmount", "rehearsal")
 
 
-def target_listing(side, base):
+def target_listing(side, base, since=None):
     """
     List what a target has, in one call.
 
@@ -486,6 +511,8 @@ def target_listing(side, base):
         (dict or None) One of what :func:`connect` returns; ``None`` is this machine.
     base
         (string) The dataset that the replicas are children of.
+    since
+        (string) As :func:`listings` takes it. Default: none.
 
     Returns a dict: ``base`` (the properties of the base itself), ``sets`` (the snapshots of the base: the sets that are
     whole, oldest first, each with ``stack``, ``source``, ``members``, ``digest``) and ``replicas``, name (without the
@@ -501,8 +528,8 @@ def target_listing(side, base):
 
         salt '*' zfs_dr.target_listing null backup/web1
     """
-    argv = _target_argv(base)
-    return _target_read(_output(side, argv, _process(words(side, argv))), base)
+    argv = _target_argv(base, since)
+    return _target_read(_output(side, argv, _process(words(side, argv))), base, since)
 
 
 def listings(sides, datasets, base, since=None):

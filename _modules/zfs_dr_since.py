@@ -99,7 +99,8 @@ def since(sides, base, stack, names, snapshot):
     }
     mark = next((each for each in there["sets"] if each["name"] == snapshot and each["held"]), None)
     replicas = there["replicas"]
-    if not mark or mark["digest"] != digest(stack, guids) or any(".new-" in name for name in replicas):
+    half = any(__salt__["zfs_dr.beside"](name)[1:2] in (["new"], ["coming"]) for name in replicas)
+    if not mark or mark["digest"] != digest(stack, guids) or half:
         return [source, None]
     for name, guid in guids.items():
         entry = replicas.get(name)
@@ -108,3 +109,30 @@ def since(sides, base, stack, names, snapshot):
         # A snapshot that somebody took meanwhile has nothing in it, and is not in the way of the next stream.
         entry["snapshots"] = [{**mark, "guid": guid, "written": 0, "referenced": 0}]
     return [source, there]
+
+
+def as_received(side, base, names, snapshot):
+    """
+    Tell whether replicas are as they were received.
+
+    side
+        (dict or None) The target's side, as :func:`zfs_dr_side.connect` returns it.
+    base
+        (string) The dataset at the target that the replicas are children of.
+    names
+        (iterable of strings) The replicas.
+    snapshot
+        (string) The name of the set that was received.
+
+    Returns True where all of them have that set and nothing was written to any of them since.
+
+    Raises ``CommandExecutionError`` when the base does not exist.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' zfs_dr.as_received null backup/web1 '[tank:web]' ksnap-20261125T222408.123456Z-0a1b2c3d
+    """
+    replicas = __salt__["zfs_dr.target_listing"](side, base, snapshot)["replicas"]
+    return all(name in replicas and replicas[name]["since"] == 0 for name in names)

@@ -3,16 +3,10 @@ What is at a target: whole sets, what was set aside; pruning it and giving it up
 ================================================================================
 """
 
-import contextlib
-import os
-import re
-
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "zfs_dr"
 
-STATE = "/var/lib/zfs_dr"
-ASIDE = re.compile(r".+\.aside-\d{8}T\d{6}Z")
 PART = 100
 
 
@@ -22,6 +16,10 @@ def __virtual__():
 
 def _here(base):
     return __salt__["zfs_dr.target_listing"](None, base)
+
+
+def _is_aside(name):
+    return __salt__["zfs_dr.beside"](name)[1:2] == ["aside"]
 
 
 def sets(base, stack=None, there=None):
@@ -55,7 +53,7 @@ def sets(base, stack=None, there=None):
         inside = [
             s
             for name, entry in there["replicas"].items()
-            if entry["stack"] == mark["stack"] and not ASIDE.fullmatch(name)
+            if entry["stack"] == mark["stack"] and not _is_aside(name)
             for s in entry["snapshots"]
             if s["name"] == mark["name"]
         ]
@@ -123,7 +121,7 @@ def prune(base, stack, grid=None, count=None, test=False):
     replicas = {
         name: [s["name"] for s in entry["snapshots"] if s["name"] in destroyed]
         for name, entry in there["replicas"].items()
-        if entry["stack"] == stack and not ASIDE.fullmatch(name)
+        if entry["stack"] == stack and not _is_aside(name)
     }
     marks = [each["snapshot"] for each in found if each["snapshot"] in destroyed]
     doomed = {"": marks, **{f"/{name}": names for name, names in replicas.items()}}
@@ -144,7 +142,7 @@ def _left_over(there, stack, whole):
     found = []
     for name, entry in there["replicas"].items():
         names = [s["name"] for s in entry["snapshots"]]
-        if whole and entry["stack"] == stack and not ASIDE.fullmatch(name) and whole[-1]["snapshot"] in names:
+        if whole and entry["stack"] == stack and not _is_aside(name) and whole[-1]["snapshot"] in names:
             older = names[: names.index(whole[-1]["snapshot"])]
             found += [each for each in older if each.startswith("ksnap-") and each not in marked]
     return dict.fromkeys(found)
@@ -186,7 +184,7 @@ def asides(base):
         salt '*' zfs_dr.asides backup/web1
     """
     there = _here(base)
-    names = sorted(name for name in there["replicas"] if ASIDE.fullmatch(name))
+    names = sorted(name for name in there["replicas"] if _is_aside(name))
     if not names:
         return []
     argv = ["zfs", "list", "-Hp", "-o", "used", *(f"{base}/{name}" for name in names)]
@@ -220,7 +218,7 @@ def discard_aside(name):
         salt '*' zfs_dr.discard_aside backup/web1/tank:web.aside-20261125T222408Z
     """
     base, _, short = name.rpartition("/")
-    if not base or not ASIDE.fullmatch(short):
+    if not base or not _is_aside(short):
         raise SaltInvocationError(f"{name} is nothing that was set aside; zfs_dr.asides lists that")
     replica = short.rpartition(".aside-")[0]
     other = _here(base)["replicas"].get(replica)
@@ -234,48 +232,9 @@ def discard_aside(name):
 
 
 def _release_all(dataset):
-    for snapshot, tag in _holds([dataset]):
+    for snapshot, tag in __salt__["zfs_dr.holds"]([dataset]):
         if tag.startswith("zfs_dr:"):
             __salt__["ksnap.command"](["zfs", "release", tag, snapshot])
-
-
-def _holds(datasets):
-    """The holds on the datasets' own snapshots, each a snapshot and its tag."""
-    argv = ["zfs", "list", "-Hp", "-t", "snapshot", "-d", "1", "-o", "name,userrefs", *datasets]
-    held = [line.split("\t")[0] for line in __salt__["ksnap.command"](argv).splitlines() if not line.endswith("\t0")]
-    lines = __salt__["ksnap.command"](["zfs", "holds", "-H", *held]).splitlines() if held else []
-    return [line.split("\t")[:2] for line in lines]
-
-
-def release_asides(datasets, tag, test=False):
-    """
-    Release what is held for a target in states of this machine that :func:`ksnap.rollback` has set aside: a hold stays
-    with its snapshot, and so goes aside with it, where no replication looks for it.
-
-    datasets
-        (list of strings) Whose states.
-    tag
-        (string) The hold's: ``zfs_dr:<target>``.
-    test
-        (bool) Release nothing, only tell. Default: False.
-
-    Returns a list of the snapshots that were held.
-
-    Raises ``CommandExecutionError`` when ZFS refuses.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt '*' zfs_dr.release_asides '[tank/web]' zfs_dr:vault
-    """
-    names = [name for each in __salt__["ksnap.aside"]() for of, name in each["datasets"].items() if of in datasets]
-    if not names:
-        return []
-    held = [snapshot for snapshot, its in _holds(names) if its == tag]
-    if held and not test:
-        __salt__["ksnap.command"](["zfs", "release", tag, *held])
-    return held
 
 
 def forget(stack, target, test=False):
@@ -311,30 +270,18 @@ def forget(stack, target, test=False):
         sides, told["unreachable"] = {"source": None, "target": None}, str(error)
     try:
         source = __salt__["zfs_dr.source_listing"](sides["source"], datasets)
-        tag, prefix = f"zfs_dr:{target['mark']}", f"zfs_dr-{target['mark']}-"
-        held = [f"{dataset}@{s['name']}" for dataset, entry in source.items() for s in entry["snapshots"] if s["held"]]
-        if held:
-            lines = __salt__["zfs_dr.run"](sides["source"], ["zfs", "holds", "-H", *held]).splitlines()
-            told["released"] = [line.split("\t")[0] for line in lines if line.split("\t")[1] == tag]
-        if told["released"] and not test:
-            __salt__["zfs_dr.run"](sides["source"], ["zfs", "release", tag, *told["released"]])
-        told["bookmarks"] = [
-            f"{dataset}#{mark['name']}"
-            for dataset, entry in source.items()
-            for mark in entry["bookmarks"]
-            if mark["name"].startswith(f"{prefix}ksnap-")
-        ]
+        left = (__salt__["zfs_dr.noted"](target, name).get("guids") or {}).keys() - set(datasets)
+        source.update(__salt__["zfs_dr.listed_still"](sides["source"], left))
+        told.update(__salt__["zfs_dr.give_up"](sides["source"], target, source, test=test))
         if sides["source"] is None:
-            told["released"] += release_asides(datasets, tag, test)
+            told["released"] += __salt__["zfs_dr.release_asides"](list(source), f"zfs_dr:{target['mark']}", test)
         if test:
             return told
-        __salt__["zfs_dr.run_all"](sides["source"], [["zfs", "destroy", mark] for mark in told["bookmarks"]])
         if told["unreachable"] is None:
             _release_there(sides["target"], target, name, told)
     finally:
         __salt__["zfs_dr.disconnect"](sides)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(STATE, f"{target['id']}-{name}.last"))
+    __salt__["zfs_dr.note"](target, name, None)
     return told
 
 

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 import stat
 import tempfile
@@ -19,20 +18,11 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "zfs_dr"
 
 RUN = "/run/zfs_dr"
-STATE = "/var/lib/zfs_dr"
 SHOWN = 20  # files that are named where contents differ
 
 
 def __virtual__():
     return __virtualname__
-
-
-def _read(folder, target, stack, kind):
-    try:
-        with open(os.path.join(folder, f"{target['id']}-{stack}.{kind}"), encoding="utf-8") as file:
-            return json.load(file)
-    except (FileNotFoundError, ValueError):
-        return {}
 
 
 def _running(target, stack):
@@ -43,7 +33,7 @@ def _running(target, stack):
     except FileNotFoundError:
         return None
     except BlockingIOError:
-        return _read(RUN, target, stack, "running") or {"bytes": 0, "rate": 0.0, "left": None}
+        return __salt__["zfs_dr.noted"](target, stack, "running") or {"bytes": 0, "rate": 0.0, "left": None}
     return None
 
 
@@ -79,7 +69,7 @@ def status(stack, target):
     """
     target = __salt__["zfs_dr.target"](target)
     name, datasets, _ = __salt__["zfs_dr.members"](stack, target)
-    last = _read(STATE, target, name, "last")
+    last = __salt__["zfs_dr.noted"](target, name)
     told = {
         "reachable": True,
         "snapshot": None,
@@ -103,7 +93,7 @@ def status(stack, target):
     told["extra"] = sorted(
         replica
         for replica, entry in there["replicas"].items()
-        if entry["stack"] == name and replica not in own and not re.search(r"\.(aside|new)-", replica)
+        if entry["stack"] == name and replica not in own and not __salt__["zfs_dr.beside"](replica)
     )
     if whole:
         newest = whole[-1]
@@ -210,15 +200,13 @@ def verify(stack, target, contents=False, checksums=None):
 
 
 def _incomplete(stack, mark, there):
-    members = [
-        [name, str(s["guid"])]
+    has = sum(
+        mark["name"] in [s["name"] for s in entry["snapshots"]]
         for name, entry in there["replicas"].items()
-        if entry["stack"] == stack and not re.search(r"\.(aside|new)-", name)
-        for s in entry["snapshots"]
-        if s["name"] == mark["name"]
-    ]
-    if len(members) < mark["members"]:
-        return f"{mark['name']} was whole and is not any more: {len(members)} of {mark['members']} datasets have it"
+        if entry["stack"] == stack and __salt__["zfs_dr.beside"](name)[1:2] != ["aside"]
+    )
+    if has < mark["members"]:
+        return f"{mark['name']} was whole and is not any more: {has} of {mark['members']} datasets have it"
     return None
 
 

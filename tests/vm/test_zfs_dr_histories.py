@@ -255,7 +255,8 @@ class Real(Sides):
                 "promoted": False,
                 "held": {self.known[s["guid"]]["name"] for s in entry["snapshots"] if s["held"]},
             }
-        self.whole |= {name for name, real in self.names.items() if real in [each["name"] for each in sets]}
+        marked = [each["name"] for each in sets]
+        self.whole.update({name: set() for name, real in self.names.items() if real in marked})
 
 
 def history(number):

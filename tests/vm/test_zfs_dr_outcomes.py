@@ -4,10 +4,33 @@ import pytest
 from salt.exceptions import CommandExecutionError
 
 from .ksnap import ONE
-from .zfs_dr import REPLICAS, STACK, VAULT, guids, replicate, same, snapshots, take, why, write
+from .zfs_dr import REPLICAS, STACK, VAULT, guids, holds, replicate, same, snapshots, take, why, write
 
 pytestmark = ONE
 
+# Each stands before zfs: what is received for one replica is torn, ...
+CUT = """#!/bin/bash
+if [[ "$*" == *"receive -s"*/STREAM* ]]; then head -c 1000000 | /usr/sbin/zfs "$@"; exit 1; fi
+exec /usr/sbin/zfs "$@"
+"""
+# ... nothing is renamed, ...
+CUT_NAMES = """#!/bin/bash
+if [ "$1" = rename ]; then echo "cut off" >&2; exit 1; fi
+exec /usr/sbin/zfs "$@"
+"""
+# ... no bookmark is made, ...
+CUT_BOOKMARKS = """#!/bin/bash
+if [ "$1" = program ]; then echo "cut off" >&2; exit 1; fi
+exec /usr/sbin/zfs "$@"
+"""
+# ... or somebody writes to a replica when the set is just being marked.
+WRITES = """#!/bin/bash
+if [ "$1" = snapshot ] && [[ "$*" == *backup/dr@* ]]; then
+    mount -t zfs -o zfsutil,rw backup/dr/tank:mail /mnt; head -c 4K /dev/urandom > /mnt/other; umount /mnt
+    zpool sync backup
+fi
+exec /usr/sbin/zfs "$@"
+"""
 NEW = "-o readonly=on -o canmount=noauto -o mountpoint=none"
 
 
@@ -170,6 +193,138 @@ def test_a_wrong_clock_decides_nothing(here):
         assert here.state("zfs_dr.replicated", "x", **state)["changes"]["snapshot"]["old"] == third["snapshot"]
     finally:
         here.sh("date -s @$1 >/dev/null", str(__import__("time").time()))
+
+
+def test_a_replica_is_there_until_the_one_that_replaces_it_is_whole(here):
+    first = replicate(here, take=True)
+    newest = f"backup/dr@{first['snapshot']}"
+    for dataset in ("tank/mail", "tank/web/db"):
+        here.sh("zfs rename $1 tank/gone-${1##*/}; zfs create $1; head -c 3M /dev/urandom > /$1/anew", dataset)
+    taken = take(here)
+    # db's stream is cut off, mail's comes to its end or does not begin.
+    here.put("/usr/local/sbin/zfs", CUT.replace("STREAM", "tank:web:db"), 0o755)
+    with pytest.raises(CommandExecutionError):
+        replicate(here)
+    here.sh("rm /usr/local/sbin/zfs")
+    listed = here.sh("zfs list -H -o name,receive_resume_token -r backup/dr").stdout.splitlines()
+    coming = [line.split("\t")[0] for line in listed if ".coming-" in line]
+    assert any(name.startswith("backup/dr/tank:web:db.coming-") for name in coming), listed
+    # All that was there is there, whole, and serves if it must.
+    assert [each["whole"] for each in here.call("zfs_dr.sets", "backup/dr", "web")] == [True]
+    assert here.call("zfs_dr.status", STACK, VAULT)["snapshot"] == first["snapshot"]
+    assert here.call("zfs_dr.status", STACK, VAULT)["extra"] == [] == here.call("zfs_dr.asides", "backup/dr")
+    shown = here.call("zfs_dr.recover", "backup/dr", "web", "/mnt/rehearsal")
+    assert shown["snapshot"] == first["snapshot"] and len(shown["mounts"]) == 3
+    here.call("zfs_dr.end_rehearsal", "backup/dr", shown["id"])
+    # A cut between the mark of the set and the names: the set is whole, and serves, too.
+    here.put("/usr/local/sbin/zfs", CUT_NAMES, 0o755)
+    with pytest.raises(CommandExecutionError, match="cut off"):
+        replicate(here)
+    here.sh("rm /usr/local/sbin/zfs")
+    assert here.call("zfs_dr.sets", "backup/dr", "web")[-1] | {"arrived": 0} == {
+        **here.call("zfs_dr.sets", "backup/dr", "web")[-1], "snapshot": taken, "whole": True, "arrived": 0,
+    }  # fmt: skip
+    shown = here.call("zfs_dr.recover", "backup/dr", "web", "/mnt/rehearsal")
+    assert shown["snapshot"] == taken and here.sh("cmp /mnt/rehearsal/tank/mail/anew /tank/mail/anew").stdout == ""
+    here.call("zfs_dr.end_rehearsal", "backup/dr", shown["id"])
+    done = replicate(here)
+    assert done["snapshot"] == taken and same(here, taken) and not replicate(here)["changed"]
+    listed = here.sh("zfs list -H -o name -r backup/dr").stdout
+    assert ".coming-" not in listed and listed.count(".aside-") == 2
+    assert here.call("zfs_dr.verify", STACK, VAULT, contents=True)["snapshot"] == taken
+    for each in here.call("zfs_dr.asides", "backup/dr"):
+        assert snapshots(here, each["name"]) == [first["snapshot"]]
+        here.call("zfs_dr.discard_aside", each["name"])
+    assert newest in here.run("zfs", "list", "-H", "-t", "snapshot", "-o", "name", "backup/dr").stdout
+
+
+def test_what_was_to_replace_a_replica_is_given_up_where_the_replica_can_be_gone_on_with(here):
+    first = replicate(here, take=True)
+    here.sh("zfs rename tank/mail tank/kept; zfs create tank/mail; head -c 3M /dev/urandom > /tank/mail/anew")
+    take(here)
+    here.put("/usr/local/sbin/zfs", CUT.replace("STREAM", "tank:mail"), 0o755)
+    with pytest.raises(CommandExecutionError):
+        replicate(here)
+    here.sh("rm /usr/local/sbin/zfs; zfs rename tank/mail tank/anew; zfs rename tank/kept tank/mail")
+    assert ".coming-" in here.sh("zfs list -H -o name -r backup/dr").stdout
+    done = replicate(here, take=True)
+    assert why(done)["mail"] == "incremental" and done["aside"] == [] and same(here, done["snapshot"])
+    assert ".coming-" not in here.sh("zfs list -H -o name -r backup/dr").stdout
+    # Somebody needs the room, and destroys what is to be replaced: what comes is the replica, and goes on.
+    here.sh("zfs rename tank/mail tank/old; zfs rename tank/anew tank/mail")
+    taken = take(here)
+    here.put("/usr/local/sbin/zfs", CUT.replace("STREAM", "tank:mail"), 0o755)
+    with pytest.raises(CommandExecutionError):
+        replicate(here)
+    here.sh("rm /usr/local/sbin/zfs; zfs release -r zfs_dr:web backup/dr@$1; zfs destroy -r backup/dr/tank:mail",
+            done["snapshot"])  # fmt: skip
+    done = replicate(here)
+    assert why(done)["mail"] == "resumed" and same(here, taken) and first["snapshot"] != taken
+
+
+def test_a_dataset_that_left_the_stack_is_held_no_more(here):
+    stack = {"name": "web", "datasets": STACK["datasets"][:2]}
+    first = replicate(here, take=True)
+    assert holds(here, f"tank/mail@{first['snapshot']}") and snapshots(here, "tank/mail", "bookmark")
+    done = here.call("zfs_dr.replicate", stack, VAULT, take=True)
+    assert done["datasets"].keys() == set(stack["datasets"])
+    assert holds(here, f"tank/mail@{first['snapshot']}") == set() == set(snapshots(here, "tank/mail", "bookmark"))
+    assert holds(here, f"tank/web@{done['snapshot']}") == {(f"tank/web@{done['snapshot']}", "zfs_dr:vault")}
+    # Back again, then gone, and the target is given up.
+    second = replicate(here, take=True)
+    assert why(second)["mail"] == "incremental"
+    gone = here.call("zfs_dr.forget", stack, VAULT)
+    assert f"tank/mail@{second['snapshot']}" in gone["released"] and "tank/mail#" in " ".join(gone["bookmarks"])
+    for name in STACK["datasets"]:
+        assert holds(here, f"{name}@{second['snapshot']}") == set() == set(snapshots(here, name, "bookmark"))
+
+
+def test_what_a_rollback_set_aside_is_released_also_after_a_cut(here):
+    older, newest = (replicate(here, take=True)["snapshot"] for _ in range(2))
+    here.call("ksnap.rollback", STACK, older)
+    (state,) = here.call("ksnap.aside")
+    write(here, "after")
+    # The set comes to the target and is marked; before the end of it there is a cut.
+    here.put("/usr/local/sbin/zfs", CUT_BOOKMARKS, 0o755)
+    with pytest.raises(CommandExecutionError, match="cut off"):
+        replicate(here, take=True)
+    here.sh("rm /usr/local/sbin/zfs")
+    for each in here.call("zfs_dr.asides", "backup/dr"):
+        here.call("zfs_dr.discard_aside", each["name"])
+    held = [f"{name}@{newest}" for name in state["datasets"].values()]
+    assert len(holds(here, *held)) == 3
+    replicate(here)
+    assert holds(here, *held) == set()
+    here.call("ksnap.discard_aside", state["id"])
+
+
+def test_a_replica_that_is_written_to_while_another_one_still_comes_is_set_aside_by_the_next_call(here):
+    replicate(here, take=True)
+    write(here, "more")
+    here.put("/usr/local/sbin/zfs", WRITES, 0o755)
+    done = replicate(here, take=True)
+    here.sh("rm /usr/local/sbin/zfs")
+    assert done["changed"]
+    assert here.run("zfs", "get", "-Hp", "-o", "value", "written", "backup/dr/tank:mail").stdout != "0\n"
+    again = replicate(here)
+    assert why(again)["mail"] == "the target had gone on by itself: that is set aside", why(again)
+    assert not replicate(here)["changed"]
+
+
+def test_a_snapshot_that_somebody_took_of_a_replica_is_left_or_set_aside(here):
+    here.sh("echo secret-words > /root/key; zfs create -o encryption=on -o keyformat=passphrase -o "
+            "keylocation=file:///root/key tank/safe; head -c 300K /dev/urandom > /tank/safe/a")  # fmt: skip
+    stack = {"name": "web", "datasets": [*STACK["datasets"], "tank/safe"]}
+    here.call("zfs_dr.replicate", stack, VAULT, take=True)
+    here.sh("for each in mail safe; do zfs snapshot backup/dr/tank:$each@hand; done; echo b > /tank/safe/b")
+    write(here, "more")
+    done = here.call("zfs_dr.replicate", stack, VAULT, take=True)
+    # To a raw one OpenZFS adds nothing then.
+    assert why(done)["safe"] == "incremental; what the target had beyond that is set aside"
+    assert [name.partition(".aside-")[0] for name in done["aside"]] == ["backup/dr/tank:safe"]
+    assert snapshots(here, done["aside"][0]) == ["hand"] and "hand" in snapshots(here, "backup/dr/tank:mail")
+    assert same(here, done["snapshot"])
+    assert guids(here, f"tank/safe@{done['snapshot']}") == guids(here, f"backup/dr/tank:safe@{done['snapshot']}")
 
 
 def test_two_sources_do_not_share_a_replica(here):

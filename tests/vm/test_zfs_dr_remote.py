@@ -147,6 +147,22 @@ def test_pull_as_a_user_who_may_do_nothing_else(pair):
     assert {name.partition("-ksnap-")[0] for name in snapshots(source, "tank/web", "bookmark")} == {f"zfs_dr-{mark}"}
     with pytest.raises(SaltInvocationError, match="take is for a stack of this machine"):
         replicate(target, PULL, take=True)
+    # A token of what another key of the same user may send is none of this one's.
+    tokens = {}
+    for dataset in ("tank/web", "tank/other"):
+        source.sh("zfs list $1 || zfs create $1; head -c 300K /dev/urandom > /$1/t; zfs snapshot $1@t", dataset)
+        source.sh("zfs send $1@t | head -c 100000 | zfs receive -s -u tank/part || true", dataset)
+        tokens[dataset] = source.sh("zfs get -H -o value receive_resume_token tank/part").stdout.strip()
+        source.run("zfs", "receive", "-A", "tank/part")
+    source.call("zfs_dr.grant", "zfs_dr", "tank/other", "source")
+    send = 'ssh zfs_dr@source "zfs send -t $1" | wc -c'
+    assert int(target.sh(send, tokens["tank/web"]).stdout) > 100_000
+    said = target.sh(send, tokens["tank/other"], check=False)
+    assert said.stdout == "0\n" and "not permitted by the gate" in said.stderr
+    # It is known by what it is, not by the name that it had.
+    source.sh("zfs rename tank/web/db tank/db; zfs rename tank/web tank/then; zfs rename tank/other tank/web")
+    assert target.sh(send, tokens["tank/web"], check=False).stdout == "0\n"
+    assert int(target.sh(send, tokens["tank/other"]).stdout) > 100_000
     for words in ("zfs destroy tank/web", "zfs receive tank/web", "zfs send -R tank/web@x", "zfs list"):
         said = target.run("ssh", "zfs_dr@source", words, check=False)
         assert said.returncode == 126 and "not permitted by the gate" in said.stderr

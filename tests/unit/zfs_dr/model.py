@@ -23,7 +23,8 @@ class Sides:
         self.asides = []
         # Every guid that the target has received and not pruned itself.
         self.received = set()
-        self.whole = set()
+        # Each set that became whole, and the guids that are in it.
+        self.whole = {}
         self.fulls = []
 
     def guid(self):
@@ -111,10 +112,23 @@ class Sides:
         if wanted is None:
             return None, {}
         names = {name: name.replace("/", ":") for name in self.source}
-        return wanted, CHOICE.choose(copy.deepcopy(self.source), copy.deepcopy(self.target), wanted, names, full=full)
+        source, there = copy.deepcopy(self.source), copy.deepcopy(self.target)
+        for name in [name for name in there if CHOICE.beside(name)]:
+            of = CHOICE.beside(name)[0]
+            if of in there:
+                there[of]["coming"] = {**there[name], "name": name}
+            del there[name]
+        return wanted, CHOICE.choose(source, there, wanted, names, full=full, stamp=f"20261125T{self.clock:06}Z")
+
+    def mend(self):
+        """What somebody destroyed needs no replacing: what comes is the replica."""
+        for name in [name for name in self.target if CHOICE.beside(name)]:
+            if CHOICE.beside(name)[0] not in self.target:
+                self.target[CHOICE.beside(name)[0]] = self.target.pop(name)
 
     def replicate(self, cut=None, full=False):
         """Do what was chosen, up to a cut after so many acts; returns the refusals."""
+        self.mend()
         wanted, plan = self.plan(full)
         if wanted is None:
             return {}
@@ -123,29 +137,43 @@ class Sides:
             return refused
         for name in plan:
             self.source[name]["held"].add(wanted)
-        todo = [(name, step["replica"], act) for name, step in plan.items() for act in step["acts"]]
-        # Renames come first, by way of names that nobody has.
-        moves = [(replica, act[1]) for _, replica, act in todo if act[0] == "rename"]
-        # Before them, what stands in their way; what is set aside for its own sake comes in its turn.
-        first = [
-            (name, step["replica"], step["acts"][0])
-            for name, step in plan.items()
-            if step["acts"][:1] == [["aside", None]] and "rename" in [act[0] for act in step["acts"]]
-        ]
-        for _, replica, _ in first:
-            if replica in self.target:
-                self.aside(replica, None)
-        taken = {new: self.target.pop(old) for new, old in moves}
+        moves = {
+            act[1]: step["replica"] for step in plan.values() for act in step["acts"] if act[0] == "rename"
+        }  # fmt: skip
+        # Before them, what is of no use, and what stands in their way; what is set aside for its own sake comes later.
+        for step in plan.values():
+            for act in [act for act in step["acts"] if act[0] == "drop"]:
+                self.asides.append(self.target.pop(act[1]))
+            if step["acts"][:1] == [["aside", None]] and "rename" in [act[0] for act in step["acts"]]:
+                step["acts"].pop(0)
+                if step["replica"] in self.target:
+                    self.aside(step["replica"], None)
+        # By way of names that nobody has; what is to replace one goes with it.
+        taken = {new: self.target.pop(old) for old, new in moves.items()}
+        for name in [name for name in self.target if CHOICE.beside(name)]:
+            of, _, stamp = CHOICE.beside(name)
+            if of in moves:
+                taken[f"{moves[of]}.coming-{stamp}"] = self.target.pop(name)
         assert not taken.keys() & self.target.keys()
         self.target.update(taken)
-        for count, (name, replica, act) in enumerate(todo):
-            if act[0] == "rename" or (name, replica, act) in first:
-                continue
+        todo = []
+        for name, step in plan.items():
+            place = step["replica"]
+            for act in step["acts"]:
+                if act == ["replace"]:
+                    place = step["place"]
+                elif act[0] not in ("rename", "drop"):
+                    todo.append((name, place, act))
+        for count, (name, place, act) in enumerate(todo):
             if cut is not None and count >= cut:
-                self.broken(name, replica, act)
+                self.broken(name, place, act)
                 return {}
-            self.do(name, replica, act)
-        self.whole.add(wanted)
+            self.do(name, place, act)
+        self.whole[wanted] = {self.target[step["place"]]["snapshots"][-1]["guid"] for step in plan.values()}
+        for step in plan.values():
+            if step["place"] != step["replica"]:
+                self.aside(step["replica"], None)
+                self.target[step["replica"]] = self.target.pop(step["place"])
         for name, step in plan.items():
             replica = self.target[step["replica"]]
             assert replica["snapshots"][-1]["name"] == wanted
@@ -230,3 +258,7 @@ class Sides:
         """What a dataset shares with any replica: asked in another way than the code under test does."""
         known = {s["guid"] for s in self.source[name]["snapshots"] + self.source[name]["bookmarks"]}
         return any(known & {s["guid"] for s in replica["snapshots"]} for replica in self.target.values())
+
+    def a_whole_set_is_there(self):
+        there = {s["guid"] for replica in self.target.values() for s in replica["snapshots"]}
+        return any(guids <= there for guids in self.whole.values())

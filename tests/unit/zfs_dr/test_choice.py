@@ -10,16 +10,16 @@ from salt.exceptions import SaltInvocationError
 from tests.unit.zfs_dr.model import CHOICE, Sides
 
 small = st.integers(0, 7)
-gentle = st.one_of(
+quiet = st.one_of(
     st.tuples(st.just("snapshot")),
     st.tuples(st.just("prune_source"), small),
     st.tuples(st.just("prune_target"), small),
     st.tuples(st.just("write_target"), small),
     st.tuples(st.just("snapshot_target"), small),
     st.tuples(st.just("rename_source"), small),
-    st.tuples(st.just("swap_source")),
     st.tuples(st.just("replicate"), st.one_of(st.none(), st.integers(0, 6))),
 )
+gentle = st.one_of(quiet, st.tuples(st.just("swap_source")))
 rough = st.one_of(
     gentle,
     st.tuples(st.just("rollback_source"), small, st.booleans()),
@@ -84,6 +84,15 @@ def test_after_any_history_it_succeeds_or_says_why_and_loses_nothing(history):
     assert all(not step["acts"] for step in sides.plan()[1].values())
 
 
+@given(st.lists(st.one_of(quiet, st.tuples(st.just("make_anew"), small)), max_size=30))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_until_another_set_is_whole_the_one_before_is_also_where_a_dataset_is_sent_in_full_again(history):
+    sides = played([("snapshot",), ("replicate",)])
+    for name, *arguments in history:
+        getattr(sides, name)(*arguments)
+        assert sides.a_whole_set_is_there()
+
+
 @given(st.lists(rough, max_size=20), small)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_promoted_replica_is_never_touched(history, index):
@@ -107,12 +116,22 @@ def snapshots(*numbers):
     return [{"name": f"ksnap-{n}", "guid": 100 + n, "createtxg": n} for n in numbers]
 
 
+COMING = "a.coming-20261125T222408Z"
+
+
+def part(*there, token=None):
+    """What is being received to replace a replica."""
+    entry = {"snapshots": snapshots(*there), "written": 0, "token": token, "origin_guid": 1, "promoted": False}
+    return {"name": COMING, **entry}
+
+
 def one(source, target, bookmarks=(), wanted=3, full=False, **more):
     dataset = {"guid": 1, "snapshots": snapshots(*source), "bookmarks": snapshots(*bookmarks)}
     replica = {
         "snapshots": snapshots(*target), "written": 0, "token": None, "origin_guid": 1, "promoted": False, **more
     }  # fmt: skip
-    return CHOICE.choose({"tank/a": dataset}, {"a": replica}, f"ksnap-{wanted}", {"tank/a": "a"}, full=full)["tank/a"]
+    sides = {"tank/a": dataset}, {"a": replica}
+    return CHOICE.choose(*sides, f"ksnap-{wanted}", {"tank/a": "a"}, full, "20261126T000000Z")["tank/a"]
 
 
 @pytest.mark.parametrize(
@@ -136,13 +155,35 @@ def one(source, target, bookmarks=(), wanted=3, full=False, **more):
         ),
         ({"source": [3], "target": [], "token": {"to": 102, "from": 0}}, [["abort"], ["send", None, "ksnap-3"]]),
         ({"source": [1, 3], "target": [1, 3]}, []),
-        ({"source": [3], "target": [1], "origin_guid": 2}, [["aside", None], ["send", None, "ksnap-3"]]),
-        ({"source": [3], "target": [1], "full": True}, [["aside", None], ["send", None, "ksnap-3"]]),
+        ({"source": [3], "target": [1], "origin_guid": 2}, [["replace"], ["send", None, "ksnap-3"]]),
+        ({"source": [3], "target": [1], "full": True}, [["replace"], ["send", None, "ksnap-3"]]),
+        # It had begun: it goes on, and needs nobody's word for it any more.
+        (
+            {"source": [3], "target": [1], "coming": part(token={"to": 103, "from": 0})},
+            [["replace"], ["resume", "ksnap-3"]],
+        ),
+        ({"source": [3], "target": [1], "coming": part(3)}, [["replace"]]),
+        ({"source": [2, 3], "target": [1], "coming": part(2)}, [["replace"], ["send", "tank/a@ksnap-2", "ksnap-3"]]),
+        (
+            {"source": [3], "target": [1], "coming": part(token={"to": 102, "from": 0})},
+            [["replace"], ["abort"], ["send", None, "ksnap-3"]],
+        ),
+        (
+            {"source": [3], "target": [1], "coming": part(2)},
+            [["replace"], ["aside", None], ["send", None, "ksnap-3"]],
+        ),
+        # What had gone comes back, as by ksnap.restore_aside.
+        (
+            {"source": [1, 3], "target": [1], "coming": part(token={"to": 102, "from": 0})},
+            [["drop", COMING], ["send", "tank/a@ksnap-1", "ksnap-3"]],
+        ),
     ],
 )
 def test_the_cases_that_have_a_name(case, acts):
     step = one(**case)
     assert (step["acts"], step["refused"]) == (acts, False)
+    coming = case["coming"]["name"] if "coming" in case else "a.coming-20261126T000000Z"
+    assert step["place"] == (coming if ["replace"] in acts else "a")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from tests.unit.zfs_dr.conftest import load_file
 
+BESIDE = load_file("_modules/zfs_dr_choice.py").beside
 SETS = [f"ksnap-20261125T222408.{number:06}Z-0a1b2c3d" for number in range(5000)]
 
 
@@ -17,6 +18,7 @@ def test_any_number_of_sets_is_pruned():
         return "".join(f"{name}\t0\t-\n" for name in argv[5:]) if argv[1] == "list" else ""
 
     target.__salt__ = {
+        "zfs_dr.beside": BESIDE,
         "zfs_dr.target_listing": lambda *_: {
             "sets": [{**mark, "name": name} for name in SETS],
             "replicas": {"tank:web": replica, "tank:mail": replica},
@@ -48,6 +50,7 @@ def test_what_never_became_whole_goes_once_a_newer_one_is():
         return {"stack": stack, "snapshots": [{"name": name, "creation": 0} for name in names]}
 
     target.__salt__ = {
+        "zfs_dr.beside": BESIDE,
         "zfs_dr.target_listing": lambda *_: {
             "sets": [{**mark, "name": first}, {**mark, "name": newest}],
             "replicas": {
