@@ -58,7 +58,7 @@ def clone(stack, snapshot, root, test=False):
         salt '*' ksnap.clone mail before-upgrade /mnt/mail-before
     """
     _refuse_root(root)
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         found = __salt__["ksnap.find"](stack, snapshot)
         name, datasets = found["snapshot"], sorted(found["datasets"])
         missing = sorted(set(__salt__["ksnap.stack"](stack)["datasets"]) - set(datasets))
@@ -208,7 +208,7 @@ def discard(identifier, test=False):
 
         salt '*' ksnap.discard 20261125T224208Z-5f0e
     """
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         wanted = _one(identifier)
         names = sorted(wanted["datasets"].values())
         below = set(_zfs("list", "-H", "-r", "-t", "all", "-o", "name", *names).split("\n")) - {"", *names}

@@ -4,8 +4,9 @@ One change at a time, and none left half made
 
 A rollback is many steps, each of which OpenZFS makes whole or not at all, in one transaction group. Before the first,
 the whole plan is written into user properties of the pool's root dataset, ``ksnap:journal``, and before each stage
-of it, how far it is. What a power cut or a killed process leaves is finished, or undone if that cannot be, by the next
-call of this module or by ``ksnap-recover.service`` at the next start, before any service.
+of it, how far it is. What a power cut or a killed process leaves is finished, or undone if nothing was moved yet or it
+cannot be finished, by the next call of this module or by ``ksnap-recover.service`` at the next start, before any
+service. The services of the plan do not start until then: a file of each says so (``ksnap-recover.conf``).
 
 ``ksnap:journal`` is ``<id> <parts> <forward|back|done> <stage>``, ``ksnap:journal.<n>`` a part of the plan (JSON, zlib,
 base64). Where a plan is for several pools, the first keeps it, and the others say which one: ``<id> at <pool>``.
@@ -13,6 +14,8 @@ base64). Where a plan is for several pools, the first keeps it, and the others s
 
 import base64
 import contextlib
+import errno
+import glob
 import json
 import os
 import subprocess
@@ -44,6 +47,14 @@ ExecStart={recover}
 
 [Install]
 WantedBy=sysinit.target
+"""
+WANTED = "/etc/systemd/system/sysinit.target.wants/ksnap-recover.service"
+GUARD = "/etc/systemd/system/{}.service.d/ksnap-recover.conf"
+GUARD_TEXT = """\
+# A rollback (ksnap.rollback) is under way: at the next start this waits until what a power cut left of it is finished.
+[Unit]
+Requires=ksnap-recover.service
+After=ksnap-recover.service
 """
 
 
@@ -85,7 +96,7 @@ def unfinished():
 
 def recover(services=True):
     """
-    Finish what was broken off; where it cannot be finished, undo it.
+    Finish what was broken off; where nothing was moved yet, or it cannot be finished, undo it.
 
     services
         (bool) Start the services that were stopped for it. Default: True. False at the machine's start, when they
@@ -105,6 +116,8 @@ def recover(services=True):
     done = []
     with __salt__["ksnap.locked"](recovering=True):
         journals = list(_journals())
+        if not journals:
+            _unguard()
         kept = {identifier: pool for pool, identifier, words in journals if words[0] != "at"}
         for pool, identifier, words in journals:
             if words[0] == "at":
@@ -119,9 +132,14 @@ def recover(services=True):
             said = {key: plan[key] for key in ("id", "kind", "stack", "snapshot")}
             if not services:
                 plan["services"] = []
-            if words[1] == "back":
+            plan["recovering"] = True
+            if words[1] == "back" or words[2] == "0":
+                # Somebody may have gone on meanwhile with what was not moved.
+                reason = "it had failed, and was being undone" if words[1] == "back" else "nothing had been moved yet"
+                _position(plan, "back", int(words[2]))
                 _back(plan, int(words[2]))
-                done.append({**said, "outcome": "undone", "reason": "it had failed, and was being undone"})
+                _start(plan, "all is as it was")
+                done.append({**said, "outcome": "undone", "reason": reason})
                 continue
             try:
                 _forward(plan, int(words[2]), doubtful=True)
@@ -152,6 +170,7 @@ def carry_out(plan):
     CLI Example: none; it is called by the functions that make a plan.
     """
     with __salt__["ksnap.locked"]():
+        _guard(plan["services"])
         _write(plan)
         try:
             _forward(plan, 0, doubtful=False)
@@ -185,7 +204,7 @@ def boot_unit(root="/"):
     text = UNIT_TEXT.format(journal=JOURNAL, recover=recover)
     place = os.path.join(root, UNIT.lstrip("/"))
     with contextlib.suppress(FileNotFoundError), open(place, encoding="utf-8") as file:
-        if file.read() == text:
+        if file.read() == text and os.path.lexists(os.path.join(root, WANTED.lstrip("/"))):
             return UNIT
     with open(place, "w", encoding="utf-8") as file:
         file.write(text)
@@ -224,6 +243,24 @@ def _read(pool, identifier, parts):
     return {**plan, "parts": parts}
 
 
+def _guard(services):
+    if not os.path.isdir("/run/systemd/system"):
+        return
+    for service in services:
+        path = GUARD.format(service.removesuffix(".service"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(GUARD_TEXT)
+    os.sync()
+
+
+def _unguard():
+    for path in glob.glob(GUARD.format("*")):
+        os.unlink(path)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path))
+
+
 def _write(plan):
     text = base64.b64encode(zlib.compress(json.dumps(plan).encode(), 9)).decode()
     parts = [text[start : start + PART] for start in range(0, len(text), PART)]
@@ -251,6 +288,7 @@ def _forget(pools, parts):
     for other in others:
         _zfs("inherit", JOURNAL, other)
     _zfs("inherit", JOURNAL, pool)
+    _unguard()
 
 
 def _forget_pointer(pool, identifier, keeper):
@@ -283,8 +321,9 @@ def _forward(plan, start, doubtful):
             for step in plan["stages"][stage]:
                 if not (doubtful and stage == start and _is_done(step)):
                     _do(plan, step, fresh)
-        _finish(plan, "forward")
-    except CommandExecutionError as error:
+        _mount_all(plan, "forward")
+    except BaseException as error:
+        # Also what somebody interrupts is undone: else the next call, who knows when, would go on with it.
         try:
             _position(plan, "back", stage)
             _back(plan, stage)
@@ -293,10 +332,23 @@ def _forward(plan, start, doubtful):
                 f"{plan['kind']} {plan['id']} failed: {error}\nIt could not be undone either: {second}\n"
                 "Its plan is kept. Put right what is said above, then: ksnap.recover"
             ) from error
-        raise Undone(
-            f"{plan['kind']} of {plan['stack'] or 'the stack'} failed, and all is as it was: {error}"
-        ) from error
-    _start(plan)
+        said = f"{plan['kind']} of {plan['stack'] or 'the stack'} failed, and all is as it was: {error}"
+        _start(plan, said)
+        if not isinstance(error, CommandExecutionError):
+            raise
+        raise Undone(said) from error
+    try:
+        _clear(plan)
+    except (KeyboardInterrupt, SystemExit):
+        # It is done, and no later call shall stop the services once more to see that.
+        _clear(plan)
+        raise
+    finally:
+        _start(
+            plan,
+            f"{plan['kind']} {plan['id']}: the datasets are in place and mounted; ksnap.aside lists the state before, "
+            "ksnap.restore_aside puts it back",
+        )
 
 
 def _back(plan, start):
@@ -309,21 +361,23 @@ def _back(plan, start):
             # What a property was can be set whether it was changed or not.
             if step[0] == "set" or _is_done(step):
                 _undo(step)
-    _finish(plan, "back")
-    _start(plan)
+    _mount_all(plan, "back")
+    _clear(plan)
 
 
-def _finish(plan, direction):
+def _mount_all(plan, direction):
     for root in plan["keys"]:
         # A promoted encryption root is another one to OpenZFS, whose key it has not loaded.
         if _value(root, "keystatus") == "unavailable":
             _zfs("load-key", root)
     _mount(plan[direction]["mounts"])
-    _clear(plan)
 
 
-def _start(plan):
+def _start(plan, how):
     failed = []
+    if plan["services"] and plan.get("recovering") and os.path.isdir("/run/systemd/system"):
+        # What kept them from starting is gone, and systemd is to know.
+        _run("systemctl", "daemon-reload")
     for service in reversed(plan["services"]):
         try:
             if not __salt__["service.start"](service):
@@ -331,11 +385,7 @@ def _start(plan):
         except CommandExecutionError as error:
             failed.append(f"{service} ({error})")
     if failed:
-        raise CommandExecutionError(
-            f"{plan['kind']} {plan['id']}: the datasets are in place and mounted, but these services did not start: "
-            f"{', '.join(failed)}. See their logs; ksnap.aside lists the state before, ksnap.restore_aside puts it "
-            "back."
-        )
+        raise CommandExecutionError(f"{how}.\nThese services did not start, see their logs: {', '.join(failed)}")
 
 
 def _value(dataset, name):
@@ -431,10 +481,23 @@ def _halt(plan):
         if not __salt__["service.stop"](service):
             raise CommandExecutionError(f"The service {service} did not stop; see its log.")
     _unmount(plan["back"]["mounts"])
+    end = time.monotonic() + PATIENCE
     for volume in plan["volumes"]:
-        users = _users_of(f"/dev/zvol/{volume}")
-        if users:
-            raise CommandExecutionError(f"The volume {volume} is in use by {users}. Stop that, or name its service.")
+        device = f"/dev/zvol/{volume}"
+        while _users_of(device) or _claimed(device):
+            if time.monotonic() > end:
+                users = _users_of(device) or "the kernel: it is mounted, or a part of LVM, swap or an export"
+                raise CommandExecutionError(f"The volume {volume} is in use by {users}. End that, or name its service.")
+            time.sleep(0.1)
+
+
+def _claimed(device):
+    # What the kernel itself uses has no process, but takes the device for itself.
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def _users_of(path):

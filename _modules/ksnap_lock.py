@@ -20,16 +20,18 @@ def __virtual__():
 
 
 @contextlib.contextmanager
-def locked(timeout=60, recovering=False):
+def locked(timeout=60, recovering=False, test=False):
     """
     Keep other changes out: a context manager for the functions of this module, of no use on the command line.
 
     timeout
         (number, seconds) How long to wait for another change to end. Default: 60
     recovering
-        (bool) Leave an unfinished change as it is. Default: False: finish it first
+        (bool) Leave an unfinished change as it is. Default: False: finish or undo it first
+    test
+        (bool) Nothing is to be changed. Default: False
 
-    Raises ``CommandExecutionError`` when another change goes on for longer.
+    Raises ``CommandExecutionError`` when another change goes on for longer, and with ``test`` when one was broken off.
     """
     if __context__.get("ksnap.locked") == os.getpid():
         yield
@@ -54,8 +56,19 @@ def locked(timeout=60, recovering=False):
         file.flush()
         __context__["ksnap.locked"] = os.getpid()
         try:
-            if not recovering:
+            if test:
+                _refuse_unfinished()
+            elif not recovering:
                 __salt__["ksnap.recover"]()
             yield
         finally:
             __context__.pop("ksnap.locked", None)
+
+
+def _refuse_unfinished():
+    left = __salt__["ksnap.unfinished"]()
+    if left:
+        raise CommandExecutionError(
+            f"A {left[0]['kind']} of {left[0]['stack'] or 'a stack'} was broken off; until it is finished or undone, "
+            "nothing can be foretold. Do that: ksnap.recover (any change begins with it)."
+        )

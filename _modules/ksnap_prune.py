@@ -186,7 +186,7 @@ def prune(stack, grid=None, count=None, free=None, test=False):
     """
     if free is not None:
         _wanted_free(free, 100)
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         found = __salt__["ksnap.stack"](stack)
         mine = [
             each

@@ -8,6 +8,7 @@ all, is *aside*: ``<dataset>.aside-<id>``, never mounted at the start, listed by
 ``ksnap.restore_aside``, and only destroyed by ``ksnap.discard_aside``.
 """
 
+import contextlib
 import datetime
 import getpass
 import itertools
@@ -21,6 +22,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "ksnap"
 
 RECORD = "ksnap:aside"
+FSTAB = "/etc/fstab"
 LONGEST = 255  # of a dataset's name
 # What a clone has from its origin, or what is set in its own time.
 NOT_COPIED = set(
@@ -49,7 +51,8 @@ def rollback(stack, snapshot, services=None, partial=False, test=False):
         (list) The services to stop, in this order; those that ran are started again in the reverse one. Default: the
         stack's
     partial
-        (bool) Leave datasets of the stack that lack the snapshot as they are, instead of refusing. Default: False
+        (bool) Leave datasets of the stack that lack the snapshot as they are, and those that the snapshot has and the
+        stack has not, instead of refusing. Default: False
     test
         (bool) Only say what would be done. Default: False
 
@@ -66,7 +69,7 @@ def rollback(stack, snapshot, services=None, partial=False, test=False):
         salt '*' ksnap.rollback mail before-upgrade
         salt '*' ksnap.rollback mail before-upgrade services='[postfix, postgresql]'
     """
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         found = __salt__["ksnap.stack"](stack)
         if not found["datasets"]:
             raise CommandExecutionError(
@@ -75,7 +78,7 @@ def rollback(stack, snapshot, services=None, partial=False, test=False):
         name = snapshot
         if not (isinstance(snapshot, str) and __salt__["ksnap.parse_name"](snapshot)):
             name = __salt__["ksnap.snapshot_name"](found, snapshot)
-        snapshots = _snapshots(found["datasets"], name, partial)
+        snapshots = _snapshots(found, name, partial)
         chosen = sorted(snapshots)
         family = _family(chosen)
         _refuse(chosen, family)
@@ -186,7 +189,7 @@ def restore_aside(identifier, services=None, test=False):
 
         salt '*' ksnap.restore_aside 20261125T224208Z-5f0e
     """
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         wanted = _one_aside(identifier)
         if not wanted["whole"]:
             raise CommandExecutionError(
@@ -205,6 +208,8 @@ def restore_aside(identifier, services=None, test=False):
         fresh = _identifier(but=identifier)
         _refuse_length(family, fresh)
         plan = _plan("restore_aside", fresh, wanted["stack"], wanted["snapshot"], services, sorted(present), family)
+        # Also where nothing stands in the place of what is put back.
+        plan["pools"] = sorted({dataset.split("/")[0] for dataset in chosen})
         canmount = {name: value for name, value in plan["back"]["canmount"].items() if name not in present}
         mounts = [mount for mount in plan["back"]["mounts"] if mount["dataset"] not in present]
         records = {dataset: json.loads(former[wanted["datasets"][dataset]][RECORD]["value"]) for dataset in chosen}
@@ -281,7 +286,7 @@ def discard_aside(identifier, test=False):
 
         salt '*' ksnap.discard_aside 20261125T224208Z-5f0e
     """
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         wanted = _one_aside(identifier)
         names = sorted(wanted["datasets"].values())
         shown = _zfs(
@@ -340,12 +345,12 @@ def _services(stack):
         return []
 
 
-def _snapshots(datasets, name, partial):
-    wanted = {f"{dataset}@{name}" for dataset in datasets}
+def _snapshots(stack, name, partial):
+    wanted = {f"{dataset}@{name}" for dataset in stack["datasets"]}
     missing = set()
     while wanted:
         try:
-            shown = _zfs("list", "-H", "-p", "-t", "snapshot", "-o", "name,guid,createtxg", *sorted(wanted))
+            shown = _zfs("list", "-H", "-p", "-t", "snapshot", "-o", "name,guid,createtxg,ksnap:count", *sorted(wanted))
             break
         except CommandExecutionError as error:
             gone = wanted.intersection(re.findall(r"cannot open '([^']+)': dataset does not exist", str(error)))
@@ -360,10 +365,17 @@ def _snapshots(datasets, name, partial):
             f"There is no {', no '.join(sorted(missing))}. Take these datasets out of the stack, or leave them as they "
             "are with partial=True."
         )
-    found = {}
+    found, count = {}, "-"
     for line in shown.splitlines():
-        snapshot, guid, txg = line.split("\t")
+        snapshot, guid, txg, count = line.split("\t")
         found[snapshot.split("@")[0]] = (guid, int(txg))
+    if count not in ("-", str(len(found))) and not partial:
+        # A path is looked up by what is mounted there: what is not mounted is not in the stack.
+        outside = f"; {', '.join(stack['outside'])} of it is not on ZFS now" if stack["outside"] else ""
+        raise CommandExecutionError(
+            f"The snapshot {name} was taken of {count} datasets, and the stack has {len(found)} of them now{outside}. "
+            "See that all is mounted, or leave what is missing as it is with partial=True."
+        )
     for pool in {dataset.split("/")[0] for dataset in found}:
         groups = {txg for dataset, (_, txg) in found.items() if dataset.split("/")[0] == pool}
         if len(groups) > 1:
@@ -408,7 +420,8 @@ def _permissions(datasets):
             elif not line.startswith("\t"):
                 section = line.strip()
             else:
-                words = line.split()
+                # Somebody who is no more has a number only.
+                words = re.sub(r"\(unknown: (\d+)\)", r"\1", line).split()
                 if section in ("Create time permissions:", "Permission sets:"):
                     here.append([*options[section], *words])
                 elif words[0] == "everyone":
@@ -497,6 +510,21 @@ def _refuse_mounts(family):
             wrong.append(f"a part of {mount['source']} is mounted once more at {mount['path']}")
     if wrong:
         raise CommandExecutionError(f"Nothing was touched: {'; '.join(wrong)}. Unmount it first.")
+    needed = _needed_at_the_start(family)
+    if needed:
+        raise CommandExecutionError(
+            f"Nothing was touched: the line of {', '.join(needed)} in {FSTAB} lacks nofail, so that a machine which "
+            "loses its power in the middle of this would not start. Add it."
+        )
+
+
+def _needed_at_the_start(family):
+    found = []
+    with contextlib.suppress(FileNotFoundError), open(FSTAB, encoding="utf-8", errors="replace") as file:
+        for words in map(str.split, file):
+            if len(words) > 3 and words[2] == "zfs" and words[0] in family:
+                found += [words[0]] if not {"nofail", "noauto"} & {*words[3].split(",")} else []
+    return found
 
 
 def _mounts_below(family):
@@ -534,7 +562,7 @@ def _plan(kind, identifier, stack, snapshot, services, chosen, family):
         "who": os.environ.get("SUDO_USER") or getpass.getuser(),
         "count": len(chosen),
         "pools": sorted({dataset.split("/")[0] for dataset in chosen}),
-        "services": [service for service in services if __salt__["service.status"](service)],
+        "services": __salt__["ksnap.running"](services),
         "keys": _encryption_roots(chosen, family),
         "volumes": [name for name, has in family.items() if has["type"]["value"] == "volume"],
         "back": held,

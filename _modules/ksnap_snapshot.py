@@ -114,7 +114,7 @@ def snapshot(stack, label=None, reason=None, hold=None, before=None, after=None,
     name = new_name(label)
     if hold is not None:
         _refuse_tag(hold)
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         found = __salt__["ksnap.stack"](stack)
         if not found["datasets"]:
             raise CommandExecutionError(
@@ -141,7 +141,7 @@ def snapshot(stack, label=None, reason=None, hold=None, before=None, after=None,
             if before:
                 _hook("before", before, limit)
             taken = _take(found["pools"], name, words)
-        except CommandExecutionError as error:
+        except BaseException as error:
             # A database that was quiesced, or half so, must go on whatever happened.
             if after:
                 try:
@@ -155,7 +155,7 @@ def snapshot(stack, label=None, reason=None, hold=None, before=None, after=None,
             if hold:
                 for datasets in found["pools"].values():
                     _zfs("hold", hold, *(f"{dataset}@{name}" for dataset in datasets))
-        except CommandExecutionError as error:
+        except BaseException as error:
             _take_back(found["datasets"], name, error)
             raise
         return {"snapshot": name, "stack": found["name"], **taken}
@@ -178,7 +178,7 @@ def _take(pools, name, properties):
                     f"The snapshots {name} of {pool} were not taken in one transaction group, but in {sorted(made)}."
                 )
             groups[pool] = made.pop()
-    except CommandExecutionError as error:
+    except BaseException as error:
         _take_back(done, name, error)
         raise
     return {"datasets": guids, "createtxg": groups}
@@ -214,10 +214,12 @@ def _hook(when, argv, timeout):
         ) from error
     try:
         said, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired as error:
+    except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         raise CommandExecutionError(
             f"The command {when} the snapshot, {words}, has not ended within {timeout} s and was killed. No snapshot "
             "was kept. Give it more time (timeout), or see what it waits for."
@@ -314,7 +316,7 @@ def destroy(stack, snapshot, test=False):
 
         salt '*' ksnap.destroy mail before-upgrade
     """
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         found = __salt__["ksnap.find"](stack, snapshot)
         kept = __salt__["ksnap.kept_by"](found)
         if kept:

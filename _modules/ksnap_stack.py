@@ -82,7 +82,9 @@ def stack(stack):
             raise CommandExecutionError(f"There is no {path}, which the stack {name or ''} names. Is it mounted?")
         # The one mounted last hides those below it.
         holder = max(
-            (each for each in mounts if _within(real, each["path"])), key=lambda each: len(each["path"]), default=None
+            (each for each in reversed(mounts) if _within(real, each["path"])),
+            key=lambda each: len(each["path"]),
+            default=None,
         )
         if holder is None or holder["type"] != "zfs" or "@" in holder["source"]:
             outside.add(path)

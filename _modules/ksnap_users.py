@@ -6,6 +6,7 @@ Who is in the way
 import contextlib
 import os
 import stat
+import subprocess
 
 __virtualname__ = "ksnap"
 
@@ -52,3 +53,34 @@ def _is_on(link, kind, number):
         return getattr(os.stat(link), kind) == number
     except OSError:
         return False
+
+
+def running(services):
+    """
+    Tell which of some services run. Of one that others are a part of, as Debian's ``postgresql`` of its clusters, those
+    too: it would be stopped before they are, and started though they are not.
+
+    services
+        (list) Their names, in the order in which they are stopped.
+
+    Returns a list of names in that order.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*' ksnap.running '[postgresql]'
+    """
+    found = []
+    for service in services:
+        found += [each for each in (service, *_parts_of(service)) if __salt__["service.status"](each)]
+    return list(dict.fromkeys(found))
+
+
+def _parts_of(service):
+    if not os.path.isdir("/run/systemd/system"):
+        return []
+    unit = f"{service.removesuffix('.service')}.service"
+    argv = ["systemctl", "show", "--property=ConsistsOf", "--value", unit]
+    shown = subprocess.run(argv, capture_output=True, encoding="utf-8", check=False).stdout
+    return sorted(name.removesuffix(".service") for name in shown.split() if name.endswith(".service"))

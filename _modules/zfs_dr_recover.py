@@ -496,7 +496,8 @@ def _failback(sides, target, stack, name, datasets, services):
             source = __salt__["zfs_dr.source_listing"](None, datasets)
             behind = [d for d, e in source.items() if e["snapshots"][-1]["name"] not in (since, wanted) or e["written"]]
             if behind:
-                aside = __salt__["ksnap.rollback"](stack, since, services=services)
+                # That all of the stack have it was seen; one that has left it since stays as it is.
+                aside = __salt__["ksnap.rollback"](stack, since, services=services, partial=True)
             moved = _bring(sides, target, name, replicas, source, since, wanted, bool(behind))
     guids = {dataset: entry["snapshots"][-1]["guid"] for dataset, entry in replicas.items()}
     now = __salt__["zfs_dr.source_listing"](None, datasets)
@@ -512,7 +513,7 @@ def _failback(sides, target, stack, name, datasets, services):
 
 @contextlib.contextmanager
 def _stopped(services):
-    ran = [each for each in services if __salt__["service.status"](each)]
+    ran = __salt__["ksnap.running"](services)
     try:
         for each in ran:
             if not __salt__["service.stop"](each):

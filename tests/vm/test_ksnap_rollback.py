@@ -1,5 +1,7 @@
 """Rollback on real OpenZFS: everything back, nothing lost, all or nothing."""
 
+import re
+
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
@@ -53,6 +55,7 @@ def rich(tank):
         mkdir -p /srv/db; mount -t zfs tank/db /srv/db
         zfs allow -u nobody send,snapshot tank/mail
         zfs allow -d -g daemon mount,create tank/mail
+        useradd gone; zfs allow -u gone hold tank/mail; userdel gone
         echo 0 > /srv/mail/state; zfs snapshot -r tank/mail@older; zfs bookmark tank/mail@older tank/mail#mark
         zfs clone tank/mail@older tank/oldclone
         for f in /srv/mail /srv/mail/queue /srv/db; do echo then > $f/state; done
@@ -101,6 +104,7 @@ def test_all_goes_back_nothing_is_lost_and_all_comes_again(rich):
     assert {dataset: properties(rich, dataset) for dataset in MEMBERS} == kept
     allowed = rich.run("zfs", "allow", "tank/mail").stdout
     assert "user nobody send,snapshot" in allowed and "group daemon create,mount" in allowed
+    assert re.search(r"user \(unknown: \d+\) hold", allowed)
     assert allowed.index("Descendent permissions") < allowed.index("group daemon") < allowed.index("user nobody")
     assert "audit" in rich.run("zfs", "holds", "-H", f"tank/mail@{done['snapshot']}").stdout
     assert bookmarks(rich, "tank/mail") == ["tank/mail#mark"]
@@ -246,7 +250,10 @@ def test_refusals_touch_nothing(tank):
     refused(db, "s", r"tmpfs \(tmpfs\) is mounted at /tank/db/disc")
     tank.sh("umount /tank/db/disc; mount --bind /tank/db/disc /mnt")
     refused(db, "s", "a part of tank/db is mounted once more at /mnt")
-    tank.sh("umount /mnt")
+    tank.sh("umount /mnt; zfs create -o mountpoint=legacy tank/old; zfs snapshot tank/old@s; cp /etc/fstab /root/fstab")
+    tank.sh("echo tank/old /srv/old zfs defaults 0 0 >> /etc/fstab")
+    refused({"datasets": ["tank/old"]}, "s", "the line of tank/old in /etc/fstab lacks nofail.*Add it")
+    tank.sh("mv /root/fstab /etc/fstab; zfs destroy -r tank/old")
     sleeper = tank.begin(tank.sh, "cd /tank/db; exec -a dreamer sleep 1000", timeout=2000, check=False)
     tank.sh("until pgrep -f dreamer; do sleep .1; done")
     refused(db, "s", r"failed, and all is as it was: /tank/db \(tank/db\) is busy: in use by .*sleep \(process \d+\)")
@@ -274,11 +281,131 @@ def test_services_are_stopped_and_started_in_order(tank):
         "rm /srv/log; sed -i 's/^ExecStart=/ExecStartPre=false\\n&/' /etc/systemd/system/one.service; "
         "systemctl daemon-reload"
     )
-    with pytest.raises(CommandExecutionError, match="in place and mounted, but these services did not start: one"):
+    with pytest.raises(CommandExecutionError, match=r"(?s)in place and mounted.*did not start, see their logs: one"):
         tank.call("ksnap.restore_aside", done["aside"], services=["one", "two"])
     assert [each["id"] != done["aside"] for each in tank.call("ksnap.aside")] == [True]
     assert journal(tank) == []
+    # Where it is undone, and one does not start again, both are told, and nothing is left to be finished.
+    tank.sh("systemctl start two; touch /tank/db/two; systemctl disable ksnap-recover; echo false > /srv/fails")
+    tank.sh("sed -i 's/^ExecStart=/ExecStartPre=false\\n&/' /etc/systemd/system/two.service; systemctl daemon-reload")
+    sleeper = tank.begin(tank.sh, "cd /tank/db; exec -a dreamer sleep 1000", timeout=2000, check=False)
+    tank.sh("until pgrep -f dreamer; do sleep .1; done")
+    with pytest.raises(CommandExecutionError, match=r"(?s)all is as it was: .*busy.*did not start, .*logs: two"):
+        tank.call("ksnap.rollback", {"datasets": ["tank/db"], "services": ["two"]}, "s")
+    tank.sh("pkill -f dreamer")
+    sleeper.result(60)
+    assert tank.call("ksnap.unfinished") == journal(tank) == [] and tank.read("/tank/db/two") == ""
+    # The unit for the next start is there, and enabled again; nothing keeps the services from starting.
+    assert tank.run("systemctl", "is-enabled", "ksnap-recover").stdout == "enabled\n"
+    assert tank.sh("ls /etc/systemd/system/*.service.d/ksnap* || true").stdout == ""
     tank.sh("systemctl stop one two three")
+
+
+@ONE
+def test_a_service_that_others_are_a_part_of_goes_with_them(tank):
+    """As Debian's postgresql: its unit does nothing, and its clusters stop after it."""
+    tank.call("ksnap.snapshot", {"datasets": ["tank/db"]}, label="s")
+    tank.put("/etc/systemd/system/all.service", "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=true\n")
+    tank.put(
+        "/etc/systemd/system/all@.service",
+        "[Unit]\nPartOf=all.service\nBefore=all.service\n[Service]\nWorkingDirectory=/tank/db\n"
+        "ExecStart=sleep infinity\nExecStop=sleep 11\n",
+    )
+    tank.sh("systemctl daemon-reload; systemctl start all@17-main all")
+    done = tank.call("ksnap.rollback", {"datasets": ["tank/db"], "services": ["all"]}, "s")
+    assert done["services"] == ["all", "all@17-main"]
+    assert tank.run("systemctl", "is-active", "all", "all@17-main").stdout.split() == ["active"] * 2
+    tank.sh("systemctl kill -s KILL all@17-main; systemctl stop all@17-main all")
+
+
+# Before anything is moved; the state is then as it was.
+STOPS = """#!/bin/sh
+case "$*" in *canmount=noauto*) kill -9 $PPID;; esac
+exec /usr/sbin/zfs "$@"
+"""
+
+
+@ONE
+def test_what_is_interrupted_is_undone_and_never_gone_on_with(tank):
+    stack = {"name": "db", "datasets": ["tank/db"], "services": ["slow"]}
+    tank.put(
+        "/etc/systemd/system/slow.service",
+        "[Service]\nWorkingDirectory=/tank/db\nExecStart=sleep infinity\nExecStop=sh -c 'sleep $$(cat /srv/wait)'\n",
+    )
+    tank.sh("echo 6 > /srv/wait; systemctl daemon-reload; systemctl start slow; echo then > /tank/db/state")
+    tank.call("ksnap.snapshot", stack, label="s")
+    tank.sh("echo now > /tank/db/state")
+    before = tank.sh("zfs list -H -p -t all -o name,guid,canmount,mounted").stdout
+    call = ["/opt/salt-xmpp/bin/salt-call", "--local", "ksnap.rollback", str(stack), "s"]
+    # Somebody presses Ctrl-C while the service stops.
+    watch = "until [ $(systemctl is-active slow) = deactivating ]; do sleep .1; done; pkill -INT -f ksnap.rollback"
+    watcher = tank.begin(tank.sh, watch, timeout=60)
+    assert "Ctrl-c" in tank.run(*call, check=False, timeout=120).stderr
+    watcher.result(60)
+    assert tank.call("ksnap.unfinished") == journal(tank) == []
+    assert tank.sh("zfs list -H -p -t all -o name,guid,canmount,mounted").stdout == before
+    assert tank.run("systemctl", "is-active", "slow").stdout == "active\n"
+    # It is killed before anything was moved.
+    tank.sh("echo 0 > /srv/wait")
+    tank.put("/opt/cut/zfs", STOPS, mode=0o755)
+    assert tank.run("env", "PATH=/opt/cut:/usr/sbin:/usr/bin", *call, check=False).returncode == -9
+    assert [each["stage"] for each in tank.call("ksnap.unfinished")] == [0]
+    # Who only asks changes nothing, and is told; so is Salt's test mode.
+    with pytest.raises(CommandExecutionError, match=r"A rollback of db was broken off.*ksnap.recover"):
+        dry(tank, "ksnap.prune", stack, count=1)
+    told = tank.state("ksnap.pruned", "db", test=True, config={"ksnap": {"stacks": {"db": stack}}}, count=1)
+    assert told["result"] is False and "A rollback of db was broken off" in told["comment"]
+    assert [each["stage"] for each in tank.call("ksnap.unfinished")] == [0]
+    # Days later a snapshot is taken: what was decided then is not what is wanted now.
+    tank.sh("zfs mount tank/db || true; echo later > /tank/db/later")
+    tank.call("ksnap.snapshot", stack, label="next")
+    assert tank.call("ksnap.unfinished") == journal(tank) == [] == tank.call("ksnap.aside")
+    assert tank.sh("cat /tank/db/state /tank/db/later").stdout.split() == ["now", "later"]
+    assert tank.sh("zfs get -H -o value canmount,mounted tank/db; systemctl is-active slow").stdout.split() == [
+        "on", "yes", "active",
+    ]  # fmt: skip
+    assert tank.sh("ls /etc/systemd/system/*.service.d/ksnap* || true").stdout == ""
+    tank.sh("systemctl stop slow")
+
+
+@ONE
+def test_what_is_not_mounted_is_missed(tank):
+    tank.sh("zfs set mountpoint=/srv/db tank/db; zfs set mountpoint=/srv/mail tank/mail; echo then > /srv/mail/state")
+    stack = {"name": "all", "paths": ["/srv/mail", "/srv/db"]}
+    tank.call("ksnap.snapshot", stack, label="s")
+    tank.sh("echo now > /srv/mail/state; zfs unmount tank/db")
+    with pytest.raises(
+        CommandExecutionError, match="taken of 2 datasets, and the stack has 1 of them now; /srv/db of it is not on ZFS"
+    ):
+        tank.call("ksnap.rollback", stack, "s")
+    assert tank.read("/srv/mail/state") == "now\n" and tank.call("ksnap.aside") == []
+    assert list(tank.call("ksnap.rollback", stack, "s", partial=True)["datasets"]) == ["tank/mail"]
+    assert tank.read("/srv/mail/state") == "then\n"
+
+
+@ONE
+def test_a_volume_that_the_kernel_uses_is_busy(tank):
+    tank.sh("zfs create -V 8M tank/vol; udevadm settle; mkswap -q /dev/zvol/tank/vol; sync")
+    stack = {"datasets": ["tank/db", "tank/vol"]}
+    tank.call("ksnap.snapshot", stack, label="s")
+    tank.sh("swapon /dev/zvol/tank/vol; echo now > /tank/db/state")
+    with pytest.raises(CommandExecutionError, match="all is as it was: The volume tank/vol is in use by the kernel"):
+        tank.call("ksnap.rollback", stack, "s")
+    assert tank.read("/tank/db/state") == "now\n" and tank.call("ksnap.aside") == []
+    tank.sh("swapoff /dev/zvol/tank/vol")
+    assert tank.call("ksnap.rollback", stack, "s")["datasets"].keys() == {"tank/db", "tank/vol"}
+
+
+@ONE
+def test_what_was_moved_out_of_the_way_by_hand_is_put_back(tank):
+    stack = {"datasets": ["tank/db"]}
+    tank.call("ksnap.snapshot", stack, label="s")
+    tank.sh("echo now > /tank/db/state")
+    done = tank.call("ksnap.rollback", stack, "s")
+    # The present one has the history, so it is needed; but it is not in its place.
+    tank.sh("zfs rename tank/db tank/odd")
+    assert tank.call("ksnap.restore_aside", done["aside"])["datasets"] == {}
+    assert tank.read("/tank/db/state") == "now\n" and journal(tank) == []
 
 
 @ONE

@@ -114,7 +114,7 @@ class Real(Sides):
         if by_hand:
             self.sh(BY_HAND, self.names[name], *having)
         else:
-            self.machine.call("ksnap.rollback", {"name": "web", "datasets": having}, self.names[name])
+            self.machine.call("ksnap.rollback", {"name": "web", "datasets": having}, self.names[name], partial=True)
         self.learn_datasets()
 
     def make_anew(self, index):

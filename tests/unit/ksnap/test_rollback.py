@@ -32,7 +32,7 @@ class Machine:
         salt = {
             "ksnap.command": self.zfs,
             "config.get": lambda key, default: default,
-            "service.status": lambda name: True,
+            "ksnap.running": list,
             "service.stop": lambda name: self.halted.append(name) or True,
             "service.start": lambda name: self.halted.remove(name) is None if name in self.halted else True,
         }
@@ -49,6 +49,7 @@ class Machine:
                 module.LOCK = str(self.folder / "lock")
             if file == "ksnap_journal":
                 module.PATIENCE = 0
+                module.GUARD = str(self.folder / "{}.service.d/ksnap-recover.conf")
                 module._run = self.run
         salt["ksnap.mounts"] = self.zfs.mounts
         salt["ksnap.boot_unit"] = lambda: None
@@ -190,11 +191,38 @@ def test_a_power_cut_after_any_command(kind, tmp_path):
         assert len({zfs.datasets[name].content for name in mounted if name in members}) <= 1
         assert not [name for name in mounted if ".aside" in name]
         recovered = machine.call("recover")
-        assert [each["outcome"] for each in recovered] == ["finished"] * len(left)
+        # What had moved nothing is undone.
+        outcome = "finished" if left and left[0]["stage"] else "undone"
+        assert [each["outcome"] for each in recovered] == [outcome] * len(left)
         check(zfs, members, *known)
-        outcomes |= {(bool(left), *shown(zfs, members))}
+        outcomes |= {(outcome if left else "", *shown(zfs, members))}
     there, back = ("then", "now") if kind == "rollback" else ("now", "then")
-    assert outcomes == {(False, back), (True, there), (False, there)}
+    assert outcomes == {("", back), ("undone", back), ("finished", there), ("", there)}
+
+
+@pytest.mark.parametrize("kind", ["rollback", "restore_aside"])
+def test_an_interruption_at_any_command_leaves_nothing_to_be_finished(kind, tmp_path):
+    for number in range(count(kind)(tmp_path)):
+        zfs, members = rich()
+        machine, known = Machine(zfs, tmp_path), facts(zfs)
+        arguments = ({"datasets": members}, "then")
+        if kind == "restore_aside":
+            arguments = (machine.call("rollback", *arguments)["aside"],)
+        turns = itertools.count()
+
+        def interrupted(argv, turns=turns, number=number):
+            if next(turns) == number:
+                raise KeyboardInterrupt
+            return False
+
+        zfs.fail_on = interrupted
+        with contextlib.suppress(KeyboardInterrupt):
+            machine.call(kind, *arguments)
+        zfs.fail_on = None
+        left = machine.call("unfinished")
+        assert not left, (number, left)
+        machine.call("recover")
+        check(zfs, members, *known)
 
 
 @pytest.mark.parametrize("second", [0, 1, 2, 3, 5, 8, 13, 21, 34])
