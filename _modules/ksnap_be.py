@@ -6,7 +6,7 @@ A boot environment is a root file system beside the others, ``rpool/ROOT/<name>`
 ``canmount=noauto``, made as a clone. Which one is booted next is the pool's property ``bootfs``: ZFSBootMenu reads it,
 and so does Debian's zfs-initramfs for ``root=zfs:AUTO`` on the kernel's command line, whoever loads the kernel, GRUB or
 QEMU. Datasets below an environment belong to it and are cloned along, also with ``canmount=noauto``: zfs-initramfs
-mounts them with their root, and ``zfs mount -a`` never those of another environment.
+mounts them with their root, which no other initrd does, and ``zfs mount -a`` never those of another environment.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ __virtualname__ = "ksnap"
 
 COMMAND_LINE = "/proc/cmdline"
 ONCE = "ksnap:boot_once"
+INITRD = "usr/share/initramfs-tools/scripts/zfs"  # zfs-initramfs
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,63}")
 KERNELS = ("boot/vmlinuz-*", "boot/vmlinux-*", "boot/*/*/linux", "usr/lib/modules/*/vmlinuz")
 PACKAGES = (
@@ -111,7 +112,7 @@ def be_create(name, source=None, snapshot=None, test=False):
     """
     if not isinstance(name, str) or not NAME.fullmatch(name) or name.startswith("-"):
         raise SaltInvocationError(f"The name of a boot environment is of letters, digits, and _.:-, not {name!r}")
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         there = {each["name"]: each for each in be_list()}
         target = _free(name, there)
         origin = _one(source, there)
@@ -206,8 +207,9 @@ def be_activate(name, once=False, test=False):
 
     Returns a dict: ``name``, ``dataset``, ``previous`` (the name of the one chosen before, or ``None``), ``once``.
 
-    Raises ``CommandExecutionError`` when it cannot be booted (see :func:`be_check`), or when the kernel's command line
-    names the root itself, so that ``bootfs`` means nothing.
+    Raises ``CommandExecutionError`` when it cannot be booted (see :func:`be_check`), when the kernel's command line
+    names the root itself, so that ``bootfs`` means nothing (ZFSBootMenu names what bootfs said), or when nothing would
+    mount what lies below an environment, because it has no zfs-initramfs.
 
     CLI Example:
 
@@ -216,11 +218,12 @@ def be_activate(name, once=False, test=False):
         salt '*' ksnap.be_activate before-upgrade
         salt '*' ksnap.be_activate before-upgrade once=True
     """
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         there = {each["name"]: each for each in be_list()}
         each = _one(name, there)
         be_check(name)
         _refuse_fixed_root()
+        _refuse_unmounted(name, there)
         pool = each["dataset"].split("/")[0]
         chosen = _bootfs(pool)
         said = {
@@ -302,6 +305,12 @@ def be_rename(name, new):
         if each["running"]:
             raise CommandExecutionError(f"{name} is running; boot another one, then rename it.")
         _zfs("rename", "-u", each["dataset"], target)
+        pool = target.split("/")[0]
+        noted = _value(pool, ONCE).split(" ")
+        if each["dataset"] in noted:
+            # OpenZFS takes bootfs along, but no note; with the old name in it, the one chosen once would stay chosen.
+            named = [target if word == each["dataset"] else word for word in noted]
+            _zfs("set", f"{ONCE}={' '.join(named)}", pool)
         return target
 
 
@@ -311,7 +320,7 @@ def be_destroy(name, test=False):
     for good.
 
     name
-        (string) The environment; neither the running one nor the one that is booted next.
+        (string) The environment; neither the running one nor one that is chosen for a start to come.
     test
         (bool) Only say what would be destroyed. Default: False
 
@@ -326,12 +335,17 @@ def be_destroy(name, test=False):
 
         salt '*' ksnap.be_destroy before-upgrade
     """
-    with __salt__["ksnap.locked"]():
+    with __salt__["ksnap.locked"](test=test):
         each = _one(name)
         if each["running"] or each["next"]:
             raise CommandExecutionError(
                 f"{name} is {'running' if each['running'] else 'booted next'}; activate another one"
                 + (" and boot it." if each["running"] else ".")
+            )
+        once, *former = _value(each["dataset"].split("/")[0], ONCE).split(" ")
+        if each["dataset"] in former:
+            raise CommandExecutionError(
+                f"{name} is chosen again once {once} was booted, which is for one start only; activate another one."
             )
         if each["mounted"]:
             raise CommandExecutionError(f"{name} is mounted at {each['mounted']}; ksnap.be_unmount first.")
@@ -496,6 +510,35 @@ def _keep_apart(environments):
         _zfs("set", "canmount=noauto", *names)
 
 
+def _refuse_unmounted(name, there):
+    """
+    Refuse where nothing would mount what lies below an environment, once it has ``canmount=noauto``: of the others only
+    those count for which :func:`_keep_apart` would change something.
+    """
+    datasets = [each["dataset"] for each in there.values()]
+    shown = _zfs("list", "-H", "-r", "-t", "filesystem", "-o", "name,canmount,mountpoint", *datasets)
+    rows = [line.split("\t") for line in shown.splitlines()]
+    for each in there.values():
+        below = [
+            dataset
+            for dataset, canmount, mountpoint in rows
+            if dataset.startswith(f"{each['dataset']}/")
+            and mountpoint not in ("none", "legacy")
+            and (canmount == "on" or (canmount == "noauto" and each["name"] == name))
+        ]
+        if not below:
+            continue
+        with _looked_at(each) as root:
+            mounts_all = os.path.exists(os.path.join(root, INITRD))
+        if not mounts_all:
+            raise CommandExecutionError(
+                f"Once {each['dataset']} is booted anew, {', '.join(below)} would not be mounted: what lies below an "
+                "environment has canmount=noauto, which only the initrd of zfs-initramfs mounts, and there is no "
+                f"/{INITRD} in it. Install zfs-initramfs there in place of zfs-dracut, or have nothing below "
+                "environments: move the files into the environment, or the datasets to another place (zfs rename)."
+            )
+
+
 def _options(top, has):
     found = [
         f"{key}={entry['value']}"
@@ -517,11 +560,23 @@ def _refuse_fixed_root():
     with open(COMMAND_LINE, encoding="utf-8") as file:
         words = file.read().split()
     fixed = [word for word in words if re.match(r"root=(ZFS=|zfs:)(?!AUTO)", word)]
-    if fixed:
+    if fixed and not _by_zfsbootmenu(words, fixed[0]):
         raise CommandExecutionError(
             f"The kernel's command line says {fixed[0]}, so the pool's bootfs is not asked. Let the boot loader say "
             "root=zfs:AUTO (GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub), and reboot once."
         )
+
+
+def _by_zfsbootmenu(words, fixed):
+    """
+    Tell whether ZFSBootMenu made this command line. It asks bootfs, and names what it then boots: as the first word,
+    where GRUB has BOOT_IMAGE= and systemd-boot initrd=. It adds the host's id, unless told not to.
+    """
+    root = _running()
+    if words[0] != fixed or not root:
+        return False
+    hostid = any(re.match(r"(spl\.)?spl_hostid=", word) for word in words)
+    return hostid or "org.zfsbootmenu:" in _zfs("get", "-H", "-o", "property", "all", root)
 
 
 def _is_of(path, version):

@@ -106,7 +106,7 @@ def find(stack, snapshot):
     stack
         (string or dict) The stack.
     snapshot
-        (string) Its name, or its label if it is the only one of it.
+        (string) Its name, or its label if it is the only one of it. A stack with a name has only labels of its own.
 
     Returns a dict as ``ksnap.list`` does. Raises ``SaltInvocationError`` when there is none, or more than one.
 
@@ -118,15 +118,23 @@ def find(stack, snapshot):
     """
     if not isinstance(snapshot, str) or not snapshot:
         raise SaltInvocationError(f"A snapshot is a name, the part after the @, or a label, not {snapshot!r}")
+    stack = __salt__["ksnap.stack"](stack)
     found = list_(stack, all=True)
     named = [each for each in found if each["snapshot"] == snapshot]
-    labelled = [each for each in found if each["own"] and each["label"] == snapshot]
+    of_all = [each for each in found if each["own"] and each["label"] == snapshot]
+    # Two stacks may share a dataset; what the other one calls so is of its own. One without a name is just datasets.
+    labelled = [each for each in of_all if stack["name"] in (None, each["stack"])]
     if named or len(labelled) == 1:
         return (named or labelled)[0]
     if labelled:
         raise SaltInvocationError(
             f"{len(labelled)} snapshots have the label {snapshot}; name one of them: "
             + ", ".join(each["snapshot"] for each in labelled)
+        )
+    if of_all:
+        raise SaltInvocationError(
+            f"The stack has no snapshot {snapshot} of its own; on its datasets there are, of other stacks: "
+            + ", ".join(f"{each['snapshot']} ({each['stack']})" for each in of_all)
         )
     raise SaltInvocationError(f"The stack has no snapshot {snapshot}; see ksnap.list.")
 

@@ -65,6 +65,22 @@ def test_what_could_not_boot_is_refused(rooted):
     refused("must be an absolute path, and empty", "ksnap.be_mount", "broken", "/etc")
     rooted.call("ksnap.be_mount", "broken", "/mnt")
     refused("is mounted at /mnt; ksnap.be_unmount first", "ksnap.be_destroy", "broken")
+    # What lies below one is mounted by zfs-initramfs only: below the new one, and below the others.
+    script = "usr/share/initramfs-tools/scripts/zfs"
+    for place, dataset in (("/mnt", "rpool/ROOT/broken"), ("", "rpool/ROOT/debian")):
+        rooted.sh("mv $1 $1.away", f"{place}/{script}")
+        told = f"Once {dataset} is booted anew, {dataset}/data would not be mounted: .* there is no /{script} in it"
+        refused(told, "ksnap.be_activate", "broken")
+        rooted.sh("mv $1.away $1", f"{place}/{script}")
+    assert values(rooted, "rpool/ROOT/debian/data", "canmount") == ["on"]
+    # Of a root that the command line names, bootfs says nothing, but ZFSBootMenu names there what bootfs said.
+    for line, fixed in (("BOOT_IMAGE=/x root=ZFS=a/b", True), ("root=zfs:rpool/ROOT/debian quiet", False)):
+        rooted.sh("echo $1 > /run/line; mount --bind /run/line /proc/cmdline", line)
+        if fixed:
+            refused("command line says root=ZFS=a/b, so the pool's bootfs is not asked", "ksnap.be_activate", "broken")
+        else:
+            assert dry(rooted, "ksnap.be_activate", "broken")["previous"] == "debian"
+        rooted.sh("umount /proc/cmdline")
     # Its kernel, but not its modules; then nothing; then without what dpkg knows.
     rooted.sh("mv /mnt/lib/modules /mnt/srv/")
     refused("has kernels, but not their modules", "ksnap.be_activate", "broken")
@@ -111,6 +127,10 @@ def test_the_life_of_a_boot_environment(rooted):
     again = rooted.state("ksnap.be_active", "new", once=True)
     assert (again["result"], again["changes"]) == (True, {})
     assert [environments(rooted)["new"][key] for key in ("next", "once", "running")] == [True, True, False]
+    # The note of it goes with both names, or "once" would be for good.
+    rooted.call("ksnap.be_rename", "new", "other")
+    assert values(rooted, "rpool", "ksnap:boot_once") == ["rpool/ROOT/other rpool/ROOT/debian"]
+    rooted.call("ksnap.be_rename", "other", "new")
     with pytest.raises(CommandExecutionError, match="new is booted next; activate another one"):
         rooted.call("ksnap.be_destroy", "new")
     rooted.reboot()
@@ -121,6 +141,10 @@ def test_the_life_of_a_boot_environment(rooted):
     assert values(rooted, "rpool", "ksnap:boot_once") == ["-"]
     with pytest.raises(CommandExecutionError, match="debian is booted next"):
         rooted.call("ksnap.be_destroy", "debian")
+    # Its one start has been: chosen at each run, it would stay.
+    for test in (True, False):
+        again = rooted.state("ksnap.be_active", "new", test=test, once=True)
+        assert (again["result"], again["changes"]) == (True, {})
     rooted.reboot()
     assert root(rooted) == ["rpool/ROOT/debian", "rpool/ROOT/debian/data"]
     assert rooted.read("/data/state") == "first\n"
