@@ -27,6 +27,7 @@ __virtualname__ = "zfs_dr"
 
 RUN = "/run/zfs_dr"
 BEAT = 5.0  # seconds; the target takes four times that without one for our death
+REPLACE = ["replace"]  # as zfs_dr_choice has it
 DATASET = r"[A-Za-z][A-Za-z0-9_.:-]*(/[A-Za-z0-9_.:-]+)*"
 KNOWN = {"zfs_dr:dataset_guid": "origin_guid"}  # properties that target_listing has under another name
 GUARDS = {"readonly": "on", "canmount": "noauto", "mountpoint": "none"}  # of a replica; a volume is not mounted
@@ -357,9 +358,6 @@ def _hold_there(side, base, replicas, snapshot, tag):
         __salt__["zfs_dr.run_but"](side, ["zfs", "hold", tag, *names], "tag already exists")
 
 
-REPLACE = ["replace"]
-
-
 def _now():
     return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
 
@@ -376,10 +374,11 @@ def _prepare(side, base, plan, there, source, stamp):
 
     for dataset, step in plan.items():
         for act in [act for act in step["acts"] if act[0] == "drop"]:
-            if there["replicas"][act[1]]["snapshots"]:
-                aside(source[dataset]["type"], act[1])
-            else:
+            entry = there["replicas"][act[1]]
+            if entry["token"] and not entry["snapshots"]:
                 zfs("receive", "-A", f"{base}/{act[1]}")
+            else:
+                aside(entry["type"], act[1])
         if step["acts"][:1] == [["aside", None]] and _old(step) != step["replica"]:
             aside(there["replicas"][step["replica"]]["type"], step["replica"])
             step["acts"].pop(0)
