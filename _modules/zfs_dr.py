@@ -372,7 +372,7 @@ def _prepare(side, base, plan, there, source, stamp):
     def aside(kind, name, snapshot=None):
         made.append(__salt__["zfs_dr.set_aside"](side, f"{base}/{name}", snapshot, stamp, kind))
 
-    for dataset, step in plan.items():
+    for step in plan.values():
         for act in [act for act in step["acts"] if act[0] == "drop"]:
             entry = there["replicas"][act[1]]
             if entry["token"] and not entry["snapshots"]:

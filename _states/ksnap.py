@@ -20,6 +20,9 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "ksnap"
 
+# What is taken only once is held: were it pruned, the next run would take another one, of the time after the change.
+ONCE = "ksnap.present"
+
 
 def __virtual__():
     return __virtualname__
@@ -38,7 +41,8 @@ def present(
     reason
         (string) Why, for those who read the list. Default: none
     hold
-        (string) A tag to hold it with. Default: none
+        (string) A tag to hold it with. Default: ``ksnap.present`` for what is taken only once, so that no pruning
+        takes it; otherwise none
     each_run
         (bool) Take a new one whenever this state runs, as before a change (``prereq``). Default: False: once
     before, after, timeout
@@ -46,10 +50,12 @@ def present(
     max_age
         (number, seconds) Take a new one if the newest of this label is older. Default: never
 
-    Changes: ``snapshot`` with the name of the new one. Fails when it cannot be taken; what requires it is then not
-    done.
+    Changes: ``snapshot`` with the name of the new one, or ``hold`` with the tag. Fails when it cannot be taken; what
+    requires it is then not done.
     """
     ret = {"name": name, "result": True, "changes": {}, "comment": ""}
+    if hold is None and not each_run and max_age is None:
+        hold = ONCE
     try:
         there = [
             each
@@ -86,26 +92,37 @@ def absent(name, stack):
     There is no snapshot of this name or label on a stack.
 
     name
-        (string) The snapshot's name or label; of a label, all of them go.
+        (string) The snapshot's name or label; of a label, all of them go that were taken of this very stack.
     stack
         (string or dict) The stack.
 
-    Changes: ``destroyed`` with the names. Fails, before one is destroyed, for what is held, cloned or needed.
+    Changes: ``destroyed`` with the names. Fails, before one is destroyed, for what is cloned or needed, or held by
+    something else than :func:`present`.
     """
     ret = {"name": name, "result": True, "changes": {}, "comment": f"There is no snapshot {name}."}
     try:
+        owner = __salt__["ksnap.stack"](stack)["name"]
         there = [
             each
             for each in __salt__["ksnap.list"](stack, all=True)
-            if each["snapshot"] == name or (each["own"] and each["label"] == name)
+            # Two stacks may share a dataset, and what the other one calls so would be left on the rest of its own.
+            if each["snapshot"] == name or (each["own"] and each["label"] == name and each["stack"] == owner)
         ]
         if not there:
             return ret
+        held = []
+        for each in there:
+            for has in each["datasets"].values():
+                if ONCE in has["holds"] and each["stack"] == owner:
+                    has["holds"].remove(ONCE)
+                    held.append(each["snapshot"])
         kept = [why for each in there for why in __salt__["ksnap.kept_by"](each)]
         if kept:
             raise CommandExecutionError(f"{name} was not destroyed: it is {'; '.join(kept)}")
         if not __opts__["test"]:
             for each in there:
+                if each["snapshot"] in held:
+                    __salt__["ksnap.release"](stack, each["snapshot"], ONCE)
                 __salt__["ksnap.destroy"](stack, each["snapshot"])
         return _changed(ret, {"destroyed": [each["snapshot"] for each in there]}, "Destroyed.")
     except (CommandExecutionError, SaltInvocationError) as error:
@@ -149,7 +166,8 @@ def stack(name, datasets, services=None):
     services
         (list) What uses the files, and is stopped while they are moved. Default: none
 
-    Changes: each dataset to what is new of it. Fails when files are in use; they are then where they were.
+    Changes: each dataset to what is new of it. Fails when files are in use; they are then where they were. Fails before
+    the first change where a dataset that is there already would be mounted over files that are not its own.
     """
     ret = {"name": name, "result": True, "changes": {}, "comment": "All datasets are as they shall be."}
     try:
@@ -222,7 +240,8 @@ def be_active(name, once=False):
     name
         (string) The environment.
     once
-        (bool) Only for the next start. Default: False
+        (bool) Only for the next start; once it is up, nothing is left to do. Applied while another one runs, it is for
+        the next start again. Default: False
 
     Changes: ``next``, the old and the new one. Fails when there is no such environment, or it could not be booted.
     """
@@ -230,6 +249,10 @@ def be_active(name, once=False):
     try:
         there = {each["name"]: each for each in __salt__["ksnap.be_list"]()}
         if name in there and there[name]["next"] and there[name]["once"] == once:
+            return ret
+        if once and name in there and there[name]["running"]:
+            # Its start has been, and chose the former one again; chosen anew at each run, it would stay for good.
+            ret["comment"] = f"{name} is running."
             return ret
         done = __salt__["ksnap.be_activate"](name, once, test=__opts__["test"])
         return _changed(ret, {"next": {"old": done["previous"], "new": name}}, f"{name} is booted next; reboot for it.")

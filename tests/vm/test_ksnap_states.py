@@ -45,6 +45,18 @@ def test_present_and_absent(tank):
     told, done = apply(tank, "ksnap.absent", "before-upgrade", stack="mail")
     assert told["changes"] == done["changes"] == {"destroyed": [name]}
     assert snapshots(tank) == []
+    # Pruned, what is taken only once would be taken again, after the change.
+    _, done = apply(tank, "ksnap.present", "before-migration", stack="mail")
+    name = done["changes"]["snapshot"]["new"]
+    taken = tank.call("ksnap.periodic", "mail", count=1, config=CONFIG)
+    assert taken["destroyed"] == [] and f"tank/mail@{name}" in snapshots(tank)
+    assert tank.state("ksnap.present", "before-migration", stack="mail", config=CONFIG)["changes"] == {}
+    tank.call("ksnap.hold", "mail", name, config=CONFIG)
+    held = tank.state("ksnap.absent", "before-migration", stack="mail", config=CONFIG)
+    assert held["result"] is False and "held by ksnap (" in held["comment"]
+    tank.call("ksnap.release", "mail", name, config=CONFIG)
+    apply(tank, "ksnap.absent", "before-migration", stack="mail")
+    assert snapshots(tank) == [f"{dataset}@{taken['snapshot']}" for dataset in ("tank/mail", "tank/mail/queue")]
 
 
 @ONE
@@ -154,7 +166,7 @@ def test_a_power_cut_while_data_moves_in_loses_none(tank):
     assert tank.state("ksnap.stack", "web", test=True, datasets=datasets)["result"] is None
     assert tank.state("ksnap.stack", "web", datasets=datasets)["result"] is True
     tank.sh("sha256sum -c /root/sum")
-    tank.sh("zfs unmount tank/www; zfs set canmount=noauto ksnap:moving=/srv/www tank/www")
+    tank.sh('zfs unmount tank/www; zfs set "ksnap:moving=done $(echo /srv/www.before-*)" tank/www')
     done = tank.state("ksnap.stack", "web", datasets=datasets)
     assert done["result"] is True, done
     tank.sh("sha256sum -c /root/sum")
@@ -189,3 +201,27 @@ def test_without_boot_environments_it_says_so(tank):
     assert failed["result"] is False and "root is not on ZFS" in failed["comment"]
     with pytest.raises(SaltInvocationError, match="name must be of letters"):
         tank.call("ksnap.unschedule", "../x")
+
+
+@ONE
+def test_a_label_is_that_of_one_stack(tank):
+    """Two stacks share a dataset: what one of them calls so is no snapshot of the other."""
+    tank.sh("zfs create tank/pg; zfs create tank/db")
+    stacks = {"mail": {"datasets": ["tank/mail", "tank/pg"]}, "db": {"datasets": ["tank/db", "tank/pg"]}}
+    config = {"ksnap": {"stacks": stacks}}
+    theirs = tank.call("ksnap.snapshot", "db", label="before-upgrade", config=config)["snapshot"]
+    whole = [f"tank/db@{theirs}", f"tank/pg@{theirs}"]
+    assert tank.state("ksnap.absent", "before-upgrade", stack="mail", config=config)["changes"] == {}
+    for function in ("ksnap.destroy", "ksnap.rollback"):
+        with pytest.raises(SaltInvocationError, match=rf"no snapshot before-upgrade of its own; .* {theirs} \(db\)"):
+            tank.call(function, "mail", "before-upgrade", config=config)
+    assert sorted(snapshots(tank)) == whole
+    mine = tank.call("ksnap.snapshot", "mail", label="before-upgrade", config=config)["snapshot"]
+    # Of each stack it is now the only one of this label; without a name, the stack is just the dataset.
+    assert tank.call("ksnap.snapshot_name", "mail", "before-upgrade", config=config) == mine
+    with pytest.raises(SaltInvocationError, match="2 snapshots have the label before-upgrade"):
+        tank.call("ksnap.destroy", {"datasets": ["tank/pg"]}, "before-upgrade")
+    done = tank.state("ksnap.absent", "before-upgrade", stack="mail", config=config)
+    assert done["changes"] == {"destroyed": [mine]} and sorted(snapshots(tank)) == whole
+    tank.call("ksnap.destroy", "db", "before-upgrade", config=config)
+    assert snapshots(tank) == []
