@@ -591,8 +591,8 @@ def state(side, base, snapshot):
     snapshot
         (string) The name of a set.
 
-    Returns a list of texts, another one once something below the base was written, destroyed or promoted; ``None``
-    where the set is not marked as whole there, or its mark is not held.
+    Returns a list of texts, another one once something below the base was written or promoted, or a replica destroyed;
+    ``None`` where the set is not marked as whole there, or its mark is not held.
 
     CLI Example:
 

@@ -56,8 +56,9 @@ def nothing_new(sides, base, datasets, guids, last):
         returned it).
 
     Returns True where the source has the same datasets and no newer set, that one is whole and held at the target, and
-    nothing below the base was written, destroyed or promoted since. What somebody renamed there, or gave other
-    properties, is not seen: a replication that has something to send looks at all of it.
+    nothing below the base was written or promoted since, nor a replica destroyed. What somebody renamed there, gave
+    other properties, or destroyed of a replica's snapshots, is not seen: a replication that has something to send looks
+    at all of it.
 
     Raises ``CommandExecutionError`` when a dataset does not exist.
 
