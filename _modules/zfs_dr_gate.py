@@ -164,16 +164,23 @@ def _own(grants, token):
     # ZFS takes a token's snapshot by its guid from anywhere in the pool, and asks only what the user may do, whose
     # other keys may be granted other datasets.
     done = subprocess.run(["zfs", "send", "-nvt", token], check=False, capture_output=True)
-    said = (done.stdout + done.stderr).decode(errors="replace")
-    told = dict(re.findall(r"^\s*(toguid|toname) = (.+)$", said, re.MULTILINE))
+    guid, name = _told((done.stdout + done.stderr).decode(errors="replace"))
     granted = [each.partition(":")[2] for each in grants if each.startswith("source:")]
     within = rf"({'|'.join(map(re.escape, granted))})(/{NAME})*@{NAME}"
-    if "toguid" not in told:
+    if guid is None:
         return False
-    guid = str(int(told["toguid"], 16))
     # Its name is the one that it had; only where that is another one by now, all are to be looked at.
-    named = [[told["toname"]]] if re.fullmatch(within, told.get("toname", "")) else []
+    named = [[name]] if re.fullmatch(within, name) else []
     return any(guid in _guids(words) for words in [*named, ["-r", *granted]])
+
+
+def _told(said):
+    # Who made the token may have put lines of his own into a name: what is told twice is not believed.
+    guids = re.findall(r"^\s*toguid = (.+)$", said, re.MULTILINE)
+    names = re.findall(r"^\s*toname = (.+)$", said, re.MULTILINE)
+    if len(guids) != 1 or len(names) != 1 or not re.fullmatch("0x[0-9a-f]+", guids[0]):
+        return None, ""
+    return str(int(guids[0], 16)), names[0]
 
 
 def _guids(words):

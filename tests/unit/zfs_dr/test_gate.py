@@ -89,6 +89,16 @@ def test_a_resume_token_is_let_through_to_who_may_send_at_all():
     assert not GATE.permitted(GRANTS, [*argv[:3], "--help"])
 
 
+def test_a_token_that_tells_of_two_snapshots_is_not_believed():
+    said = "resume token contents:\nnvlist version: 0\n\tobject = 0x2\n\ttoguid = 0x1f\n\ttoname = tank/web@a\n"
+    assert GATE._told(said) == ("31", "tank/web@a")
+    # A name may be of lines: those would tell of a snapshot that the key may send.
+    for line in ("toguid = 0x2a", "\ttoguid = 0x2a", "toname = tank/web@b"):
+        assert GATE._told(f"{said}{line}\n") == (None, "")
+    assert GATE._told("cannot resume send: resume token is corrupt") == (None, "")
+    assert GATE._told(said.replace("0x1f", "x")) == (None, "")
+
+
 def test_a_stack_of_several_granted_datasets_is_asked_for_at_once():
     grants = ["source:tank/web", "source:tank/mail", "target:backup/a", "target:backup/b"]
     listing = "zfs list -Hp -o name,guid"
