@@ -148,9 +148,7 @@ def dataset_create(dataset, properties=None, services=None, test=False):
             # A power cut came before the copy was whole, or compared; the files are where they were.
             _unmount_all(dataset)
             _zfs("destroy", dataset)
-        running = (
-            [service for service in services or [] if __salt__["service.status"](service)] if files or done else []
-        )
+        running = __salt__["ksnap.running"](services or []) if files or done else []
         for service in running:
             __salt__["service.stop"](service)
         made = []
