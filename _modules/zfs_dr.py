@@ -288,11 +288,11 @@ def _replicate(sides, target, stack, datasets, snapshot, full, source, there, la
     replicas = {
         name: entry
         for name, entry in there["replicas"].items()
-        if not (__salt__["zfs_dr.beside"](name) or entry["rehearsal"])
+        if not (__salt__["zfs_dr.beside"](name)[1] or entry["rehearsal"])
         and (name in names.values() or (entry["source"], entry["stack"]) == (_machine(target), stack))
     }
     for name, entry in there["replicas"].items():
-        of, kind, *_ = __salt__["zfs_dr.beside"](name) or ("", "")
+        of, kind, _ = __salt__["zfs_dr.beside"](name)
         if kind == "coming" and of in replicas:
             replicas[of]["coming"] = {**entry, "name": name}
     for entry in [*replicas.values(), *(each["coming"] for each in replicas.values() if "coming" in each)]:
@@ -506,7 +506,7 @@ def mend(side, base, there):
     # Its name tells what it was about to become.
     mended = False
     for name, entry in list(there["replicas"].items()):
-        of, kind, stamp = __salt__["zfs_dr.beside"](name) or ("", "", "")
+        of, kind, stamp = __salt__["zfs_dr.beside"](name)
         replica, kept = f"{base}/{of}", f"{base}/{of}.aside-{stamp}"
         if kind == "coming" and of in there["replicas"] and not _whole(there, entry):
             continue

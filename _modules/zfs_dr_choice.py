@@ -29,7 +29,7 @@ def beside(name):
         (string) A dataset's name at the target, without the base: ``<replica>.<kind>-<time>``. ``aside`` is what was
         set aside, ``new`` what is about to take the replica's place, ``coming`` what is received to replace it.
 
-    Returns a list of the replica's name, the kind and the time, as text; an empty one for a replica itself.
+    Returns a list of the replica's name, the kind and the time, as text; of a replica itself the last two are empty.
 
     CLI Example:
 
@@ -38,7 +38,7 @@ def beside(name):
         salt '*' zfs_dr.beside tank:web.aside-20261125T222408Z
     """
     match = re.fullmatch(r"(.+)\.(aside|new|coming)-(\d{8}T\d{6}Z)", name)
-    return list(match.groups()) if match else []
+    return list(match.groups()) if match else [name, "", ""]
 
 
 def newest_set(datasets, prefix="ksnap-"):

@@ -195,14 +195,14 @@ def _chosen(base, stack, snapshot, there):
         whole = [each for each in whole if each["snapshot"] == snapshot]
     if not whole:
         there_are = ", ".join(each["snapshot"] for each in found if each["whole"]) or "none"
-        asides = [f"{base}/{n}" for n, e in there["replicas"].items() if e["stack"] == stack and _kind(n) == "aside"]
+        asides = [
+            f"{base}/{name}"
+            for name, entry in there["replicas"].items()
+            if entry["stack"] == stack and __salt__["zfs_dr.beside"](name)[1] == "aside"
+        ]
         kept = f". What was set aside has data, too: {', '.join(sorted(asides))}" if asides else ""
         raise CommandExecutionError(f"There is no such whole set of {stack} in {base}; whole are: {there_are}{kept}")
     return whole[-1]
-
-
-def _kind(name):
-    return "".join(__salt__["zfs_dr.beside"](name)[1:2])
 
 
 def _of(there, stack):
@@ -210,7 +210,7 @@ def _of(there, stack):
     return {
         name: entry
         for name, entry in there["replicas"].items()
-        if entry["stack"] == stack and _kind(name) not in ("aside", "new")
+        if entry["stack"] == stack and __salt__["zfs_dr.beside"](name)[1] not in ("aside", "new")
     }
 
 

@@ -100,7 +100,7 @@ def since(sides, base, stack, names, snapshot):
     }
     mark = next((each for each in there["sets"] if each["name"] == snapshot and each["held"]), None)
     replicas = there["replicas"]
-    half = any(__salt__["zfs_dr.beside"](name)[1:2] in (["new"], ["coming"]) for name in replicas)
+    half = any(__salt__["zfs_dr.beside"](name)[1] in ("new", "coming") for name in replicas)
     if not mark or mark["digest"] != digest(stack, guids) or half:
         return [source, None]
     for name, guid in guids.items():

@@ -19,7 +19,7 @@ def _here(base):
 
 
 def _is_aside(name):
-    return __salt__["zfs_dr.beside"](name)[1:2] == ["aside"]
+    return __salt__["zfs_dr.beside"](name)[1] == "aside"
 
 
 def sets(base, stack=None, there=None):

@@ -93,7 +93,7 @@ def status(stack, target):
     told["extra"] = sorted(
         replica
         for replica, entry in there["replicas"].items()
-        if entry["stack"] == name and replica not in own and not __salt__["zfs_dr.beside"](replica)
+        if entry["stack"] == name and replica not in own and not __salt__["zfs_dr.beside"](replica)[1]
     )
     if whole:
         newest = whole[-1]
@@ -203,7 +203,7 @@ def _incomplete(stack, mark, there):
     has = sum(
         mark["name"] in [s["name"] for s in entry["snapshots"]]
         for name, entry in there["replicas"].items()
-        if entry["stack"] == stack and __salt__["zfs_dr.beside"](name)[1:2] != ["aside"]
+        if entry["stack"] == stack and __salt__["zfs_dr.beside"](name)[1] != "aside"
     )
     if has < mark["members"]:
         return f"{mark['name']} was whole and is not any more: {has} of {mark['members']} datasets have it"

@@ -172,15 +172,21 @@ def count(kind):
     return commands
 
 
+def about_to(kind, folder):
+    """What a test of each moment begins with: the rich stack, and what ``kind`` is to be called with."""
+    zfs, members = rich()
+    machine, known = Machine(zfs, folder), facts(zfs)
+    arguments = ({"datasets": members}, "then")
+    if kind == "restore_aside":
+        arguments = (machine.call("rollback", *arguments)["aside"],)
+    return zfs, members, machine, known, arguments
+
+
 @pytest.mark.parametrize("kind", ["rollback", "restore_aside"])
 def test_a_power_cut_after_any_command(kind, tmp_path):
     outcomes = set()
     for number in range(count(kind)(tmp_path)):
-        zfs, members = rich()
-        machine, known = Machine(zfs, tmp_path), facts(zfs)
-        arguments = ({"datasets": members}, "then")
-        if kind == "restore_aside":
-            arguments = (machine.call("rollback", *arguments)["aside"],)
+        zfs, members, machine, known, arguments = about_to(kind, tmp_path)
         zfs.cut_after = number
         with pytest.raises(PowerCut):
             machine.call(kind, *arguments)
@@ -203,11 +209,7 @@ def test_a_power_cut_after_any_command(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["rollback", "restore_aside"])
 def test_an_interruption_at_any_command_leaves_nothing_to_be_finished(kind, tmp_path):
     for number in range(count(kind)(tmp_path)):
-        zfs, members = rich()
-        machine, known = Machine(zfs, tmp_path), facts(zfs)
-        arguments = ({"datasets": members}, "then")
-        if kind == "restore_aside":
-            arguments = (machine.call("rollback", *arguments)["aside"],)
+        zfs, members, machine, known, arguments = about_to(kind, tmp_path)
         turns = itertools.count()
 
         def interrupted(argv, turns=turns, number=number):
@@ -251,11 +253,7 @@ def test_any_command_that_fails_undoes_all(kind, cut, tmp_path):
     """Each in turn; and the power cut while it is being undone."""
     undone = 0
     for number in range(count(kind)(tmp_path)):
-        zfs, members = rich()
-        machine, known = Machine(zfs, tmp_path), facts(zfs)
-        arguments = ({"datasets": members}, "then")
-        if kind == "restore_aside":
-            arguments = (machine.call("rollback", *arguments)["aside"],)
+        zfs, members, machine, known, arguments = about_to(kind, tmp_path)
         before, start, failed = view(zfs), len(zfs.commands), []
 
         def fail(argv, start=start, number=number, failed=failed, zfs=zfs):

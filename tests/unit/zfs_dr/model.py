@@ -113,7 +113,7 @@ class Sides:
             return None, {}
         names = {name: name.replace("/", ":") for name in self.source}
         source, there = copy.deepcopy(self.source), copy.deepcopy(self.target)
-        for name in [name for name in there if CHOICE.beside(name)]:
+        for name in [name for name in there if CHOICE.beside(name)[1]]:
             of = CHOICE.beside(name)[0]
             if of in there:
                 there[of]["coming"] = {**there[name], "name": name}
@@ -122,7 +122,7 @@ class Sides:
 
     def mend(self):
         """What somebody destroyed needs no replacing: what comes is the replica."""
-        for name in [name for name in self.target if CHOICE.beside(name)]:
+        for name in [name for name in self.target if CHOICE.beside(name)[1]]:
             if CHOICE.beside(name)[0] not in self.target:
                 self.target[CHOICE.beside(name)[0]] = self.target.pop(name)
 
@@ -150,7 +150,7 @@ class Sides:
                     self.aside(step["replica"], None)
         # By way of names that nobody has; what is to replace one goes with it.
         taken = {new: self.target.pop(old) for old, new in moves.items()}
-        for name in [name for name in self.target if CHOICE.beside(name)]:
+        for name in [name for name in self.target if CHOICE.beside(name)[1]]:
             of, _, stamp = CHOICE.beside(name)
             if of in moves:
                 taken[f"{moves[of]}.coming-{stamp}"] = self.target.pop(name)
